@@ -1,0 +1,164 @@
+"""The page: a Train tab and a Generate tab over Actions; the only file that builds components."""
+
+import functools
+import html
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from snell_diffusion.app.actions import STEP_RANGE, TOKEN, Actions, Progress
+from snell_diffusion.app.photos import MAX_PHOTOS
+from snell_diffusion.app.studio import MAX_PROMPT, MAX_SEED
+from snell_diffusion.errors import SnellaError
+
+POLL = 2.0  # seconds between two looks at a run
+PIPELINE = {"concurrency_id": "pipeline", "concurrency_limit": 1}
+INTRO = f"""# SNELLA
+Teach a small text-to-image model one subject from a few photos. Everything stays on this machine.
+The word **{TOKEN}** in a prompt stands for your subject: *a photo of {TOKEN} cat in the snow*."""
+
+
+def build(actions: Actions) -> gr.Blocks:
+    """The page over the given actions; not launched yet."""
+    with gr.Blocks(title="SNELLA", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        gr.Markdown(INTRO)
+        with gr.Tab("Train"):
+            run = _train_tab(actions)
+        with gr.Tab("Generate") as generate:
+            chosen = _generate_tab(actions)
+        page.load(_choices(actions), outputs=[run], api_visibility="private")
+        generate.select(_choices(actions), outputs=[chosen], api_visibility="private")
+    return page
+
+
+def _train_tab(actions: Actions) -> gr.Dropdown:
+    with gr.Row():
+        with gr.Column():
+            photos = gr.File(
+                label=f"Photos of the subject (PNG, JPEG or WebP, up to {MAX_PHOTOS})",
+                file_count="multiple",
+                file_types=[".png", ".jpg", ".jpeg", ".webp"],
+            )
+            word = gr.Textbox("cat", label="What is it? One or two English words", max_length=30)
+            low, high = STEP_RANGE
+            steps = gr.Slider(low, high, 300, step=1, label="Training steps")
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
+            start = gr.Button("Train", variant="primary")
+        with gr.Column():
+            run = gr.Dropdown([], label="Run", interactive=True)
+            bar = gr.HTML()
+            samples = gr.Image(label="Newest samples", interactive=False, format="png")
+            curve = gr.LinePlot(x="step", y="loss", title="Loss, mean of 20 steps", height=200)
+            stop = gr.Button("Stop", variant="stop", interactive=False)
+    view = [bar, samples, curve, stop]
+    timer = gr.Timer(POLL)
+    started = start.click(
+        _said(_started(actions)), [photos, word, steps, seed], [run], api_name="train"
+    )
+    for event in (started.then, timer.tick, run.change):
+        event(
+            _said(_shown(actions)),
+            [run],
+            view,
+            show_progress="hidden",
+            queue=False,
+            api_visibility="private",
+        )
+    stop.click(_said(actions.stop), [run], api_name="stop", queue=False)
+    gr.api(_said(_status(actions)), api_name="status", queue=False)
+    return run
+
+
+def _generate_tab(actions: Actions) -> gr.Dropdown:
+    with gr.Row():
+        with gr.Column():
+            chosen = gr.Dropdown([], label="Run", interactive=True)
+            prompt = gr.Textbox(
+                f"a photo of {TOKEN} cat in the snow", label="Prompt", max_length=MAX_PROMPT
+            )
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
+            strength = gr.Slider(0, 2, 1, step=0.05, label="Strength of the adapter")
+            own = gr.Checkbox(False, label="Set the sparsity below instead of the trained one")
+            sparsity = gr.Slider(0, 1, 0.5, step=0.01, label="Share of zeros in the update")
+            draw = gr.Button("Generate", variant="primary")
+        with gr.Column(), gr.Row():
+            base = gr.Image(label="Base model", interactive=False, format="png")
+            adapted = gr.Image(label="With the adapter", interactive=False, format="png")
+    draw.click(
+        _said(_drawn(actions)),
+        [chosen, prompt, seed, strength, own, sparsity],
+        [base, adapted],
+        api_name="generate",
+        **PIPELINE,
+    )
+    return chosen
+
+
+def _said(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn this package's errors into the page's; any other error stays a bug with a traceback."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        try:
+            return function(*arguments, **named)
+        except SnellaError as error:
+            raise gr.Error(str(error)) from error
+
+    return call
+
+
+def _choices(actions: Actions) -> Callable[[], Any]:
+    def choices() -> Any:
+        runs = actions.runs()
+        return gr.update(choices=runs, value=runs[0][1] if runs else None)
+
+    return choices
+
+
+def _started(actions: Actions) -> Callable[..., Any]:
+    def train(photos: list[str] | None, word: str, steps: int, seed: int) -> Any:
+        job = actions.train(photos or [], word, steps, seed)
+        return gr.update(choices=actions.runs(), value=job)
+
+    return train
+
+
+def _shown(actions: Actions) -> Callable[..., Any]:
+    def show(job: str | None) -> tuple[Any, ...]:
+        if job is None:
+            return "No run yet.", None, None, gr.update(interactive=False)
+        progress = actions.progress(job)
+        frame = pd.DataFrame(progress.losses, columns=["step", "loss"])
+        return bar_html(progress), progress.samples, frame, gr.update(interactive=progress.running)
+
+    return show
+
+
+def _status(actions: Actions) -> Callable[..., Any]:
+    def status(job: str) -> dict[str, Any]:
+        progress = actions.progress(job)
+        return {
+            "sentence": progress.sentence,
+            "share": progress.share,
+            "running": progress.running,
+        }
+
+    return status
+
+
+def _drawn(actions: Actions) -> Callable[..., Any]:
+    def draw(
+        job: str | None, prompt: str, seed: int, strength: float, own: bool, sparsity: float
+    ) -> Any:
+        return actions.draw(job or "", prompt, seed, strength, sparsity if own else None)
+
+    return draw
+
+
+def bar_html(progress: Progress) -> str:
+    """A progress bar with its sentence; the text is escaped, as it may quote a log."""
+    text = html.escape(progress.sentence)
+    bar = f'<progress value="{progress.share:.4f}" max="1" style="width:100%"></progress>'
+    return f"{bar}<p>{text}</p>"
