@@ -1,0 +1,37 @@
+"""The papers' mathematics: update matrices, sparsity, merging, allocation. Needs torch alone."""
+
+from .allocator import METRICS, Allocator, apportion
+from .kernels import GAMMA_MIN, distance_kernel, linear_kernel, mix, positive_gamma
+from .merge import merged_linear
+from .sparsify import (
+    LIVE_AT_ZERO,
+    RULES,
+    FirstThreshold,
+    kept_count,
+    sparsify,
+    sparsity_for,
+    threshold,
+)
+from .update import KERNELS, dense, update
+
+__all__ = [
+    "GAMMA_MIN",
+    "KERNELS",
+    "LIVE_AT_ZERO",
+    "METRICS",
+    "RULES",
+    "Allocator",
+    "FirstThreshold",
+    "apportion",
+    "dense",
+    "distance_kernel",
+    "kept_count",
+    "linear_kernel",
+    "merged_linear",
+    "mix",
+    "positive_gamma",
+    "sparsify",
+    "sparsity_for",
+    "threshold",
+    "update",
+]

@@ -1,0 +1,307 @@
+"""Competition across layers: how many entries of its update each layer keeps, over training.
+
+    importance   I <- b1 I + (1-b1) P,  U <- b2 U + (1-b2) |P - I|,  P = |p dL/dp|
+    score        z_l = mean(I_A U_A) + mean(I_B U_B), divided by its sum over the layers
+    budget       K = K1 + (K0 - K1) m^3 from init_sparsity to target_sparsity, m from 1 to 0
+    allocation   keep_l in proportion to z_l, at most N_l, together exactly K
+
+SNELLA (arXiv:2510.24037) and its public code. In the public training loops a step is an epoch:
+`update(e)` before it, `observe` after every optimizer step with the new parameter and the gradient
+that moved it. N_l is the number of entries of layer l, I_l * O_l.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sparsify import sparsity_for
+
+METRICS = ("ipt", "mag", "w_mag")
+logger = logging.getLogger(__name__)
+
+
+class Allocator:
+    """Divides a shrinking (or growing) budget of kept entries among layers by their importance.
+
+    Args:
+        sizes: Entries N_l of each layer's update by name, at least one layer.
+        init_sparsity: Share of zeros at the start, 0 to 1.
+        target_sparsity: Share of zeros at the end, 0 to 1; may lie below the initial one.
+        init_warmup: Up to and including this step levels stay untouched.
+        final_warmup: In so many last steps the budget is the target's and every step re-allocates.
+        interval: Between the warmups, steps divisible by it re-allocate.
+        total: Steps of the schedule.
+        beta1, beta2: Decay of the smoothed importance I and of its uncertainty U, 0 to below 1.
+        metric: P is |p dL/dp| for "ipt" and |p| for "mag"; "w_mag" scores a layer by the mean
+            magnitude of the entries its update keeps, unsmoothed.
+        strict: Refuse a schedule whose warmups leave no step between them (it jumps to the target).
+            If false that is only logged; the published default 10 + 400 of 100 is such a schedule.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        init_sparsity: float,
+        target_sparsity: float,
+        init_warmup: int,
+        final_warmup: int,
+        interval: int,
+        total: int,
+        beta1: float = 0.85,
+        beta2: float = 0.85,
+        metric: str = "ipt",
+        strict: bool = False,
+    ) -> None:
+        self.sizes = dict(sizes)
+        self.init_sparsity, self.target_sparsity = init_sparsity, target_sparsity
+        self.init_warmup, self.final_warmup = init_warmup, final_warmup
+        self.interval, self.total = interval, total
+        self.beta1, self.beta2, self.metric = beta1, beta2, metric
+        self._validate(strict)
+        self._smoothed: dict[str, Tensor] = {}  # "<I or U>.<A or B>.<layer>", as in state_dict
+        self._magnitudes: dict[str, float] = {}
+        self._scores = dict.fromkeys(self.sizes, math.nan)
+        self._keep = apportion(int(self._volume(init_sparsity)), self.sizes, self.sizes)
+
+    def observe(
+        self,
+        name: str,
+        A: Tensor | None,
+        grad_A: Tensor | None,
+        B: Tensor | None,
+        grad_B: Tensor | None,
+        *,
+        delta: Tensor | None = None,
+    ) -> None:
+        """Take one optimizer step of a layer into its importance.
+
+        A layer with any non-finite gradient (a float16 step that overflowed) is skipped for this
+        step; a factor without gradient is skipped by itself. No device synchronisation, except for
+        "w_mag".
+
+        Args:
+            name: Layer, a key of `sizes`.
+            A, B: Factors of any shape. The public code passes their values after the step.
+            grad_A, grad_B: Their gradients, or None.
+            delta: The layer's sparse update, read by metric "w_mag" only.
+
+        Raises:
+            KeyError: unknown layer.
+            ValueError: metric "w_mag" without delta, or a shape that changed.
+        """
+        if name not in self.sizes:
+            raise KeyError(f"layer {name!r} is unknown to this allocator of {len(self.sizes)} layers")
+        if self.metric == "w_mag":
+            self._observe_magnitude(name, delta)
+            return
+        new = {"A": self._sensitivity(A, grad_A), "B": self._sensitivity(B, grad_B)}
+        found = {side: P for side, P in new.items() if P is not None}
+        if not found:
+            return
+        finite = torch.stack([P.isfinite().all() for P in found.values()]).all()
+        for side, P in found.items():
+            self._smooth(f"{side}.{name}", P, finite)
+
+    def update(self, step: int) -> dict[str, float] | None:
+        """Re-allocate at `step` if the schedule says so.
+
+        Returns:
+            The sparsity level of every layer, or None where levels stay: inside the initial warmup,
+            between intervals, and when no layer has a score above zero (nothing was observed yet).
+        """
+        if not self._due(step):
+            return None
+        raw = self._raw_scores()
+        total = math.fsum(raw.values())
+        if not 0 < total < math.inf:
+            return None
+        self._scores = {name: z / total for name, z in raw.items()}
+        self._keep = apportion(int(self.budget(step)), self.sizes, self._scores)
+        return {name: sparsity_for(n, self._keep[name]) for name, n in self.sizes.items()}
+
+    def budget(self, step: int) -> float:
+        """Entries all layers keep together at `step`.
+
+        A whole number between the warmups; inside them the untruncated (1 - s) sum N_l, of which
+        `update` allocates the whole part.
+        """
+        k0, k1 = self._volume(self.init_sparsity), self._volume(self.target_sparsity)
+        if step <= self.init_warmup:
+            return k0
+        if step > self.total - self.final_warmup:
+            return k1
+        span = self.total - self.final_warmup - self.init_warmup
+        m = 1 - (step - self.init_warmup) / span
+        return math.trunc(k1 + (k0 - k1) * m**3)
+
+    def scores(self) -> dict[str, float]:
+        """Each layer's share of the importance at the latest re-allocation; NaN before the first."""
+        return dict(self._scores)
+
+    def keep(self) -> dict[str, int]:
+        """Entries each layer keeps by the latest allocation, together exactly the whole budget.
+
+        Before the first re-allocation: the initial budget in proportion to the sizes. A layer that
+        keeps all N_l is at level 0, where the strict threshold still drops its smallest entry.
+        """
+        return dict(self._keep)
+
+    def state_dict(self) -> dict[str, int | float | str | Tensor]:
+        """Everything `update` depends on, flat: numbers, strings and tensors by dotted key."""
+        state: dict[str, int | float | str | Tensor] = {"metric": self.metric, **self._smoothed}
+        for name, size in self.sizes.items():
+            state[f"size.{name}"] = size
+            state[f"keep.{name}"] = self._keep[name]
+            if not math.isnan(self._scores[name]):
+                state[f"score.{name}"] = self._scores[name]
+        for name, magnitude in self._magnitudes.items():
+            state[f"magnitude.{name}"] = magnitude
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`; the schedule stays that of the constructor.
+
+        Raises:
+            ValueError: the state belongs to other layers, other sizes or another metric.
+        """
+        sizes = {k.removeprefix("size."): v for k, v in state.items() if k.startswith("size.")}
+        if sizes != self.sizes or state.get("metric") != self.metric:
+            differing = sorted(n for n in sizes | self.sizes if sizes.get(n) != self.sizes.get(n))
+            raise ValueError(
+                f"the saved allocator has metric {state.get('metric')!r} and {len(sizes)} layers, "
+                f"this one {self.metric!r} and {len(self.sizes)}; layers that differ: {differing[:5]}"
+            )
+        self._smoothed = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+        self._keep = {n: int(state[f"keep.{n}"]) for n in self.sizes}
+        self._scores = {n: float(state.get(f"score.{n}", math.nan)) for n in self.sizes}
+        self._magnitudes = {
+            n: float(state[f"magnitude.{n}"]) for n in self.sizes if f"magnitude.{n}" in state
+        }
+
+    def _validate(self, strict: bool) -> None:
+        if not self.sizes or min(self.sizes.values()) < 1:
+            raise ValueError(f"sizes needs at least one layer of at least one entry, got {self.sizes}")
+        for name in ("init_sparsity", "target_sparsity"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be 0 to 1, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 0 to below 1, got {getattr(self, name)}")
+        for name, least in (("init_warmup", 0), ("final_warmup", 0), ("interval", 1), ("total", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.metric not in METRICS:
+            raise ValueError(f"metric {self.metric!r} is unknown; known: {', '.join(METRICS)}")
+        if self.total <= self.init_warmup + self.final_warmup:
+            message = (
+                f"total must exceed init_warmup + final_warmup, got {self.total} steps for "
+                f"{self.init_warmup} + {self.final_warmup}: the budget jumps to its target after "
+                f"step {self.init_warmup}"
+            )
+            if strict:
+                raise ValueError(message)
+            logger.warning(message)
+
+    def _volume(self, sparsity: float) -> float:
+        return sum((1 - sparsity) * n for n in self.sizes.values())
+
+    def _due(self, step: int) -> bool:
+        if step <= self.init_warmup:
+            return False
+        return step > self.total - self.final_warmup or step % self.interval == 0
+
+    def _sensitivity(self, p: Tensor | None, grad: Tensor | None) -> Tensor | None:
+        if p is None or (grad is None and self.metric == "ipt"):
+            return None
+        p = p.detach()
+        value = p if self.metric == "mag" or grad is None else p * grad.detach()
+        return value.abs().to(torch.promote_types(value.dtype, torch.float32))
+
+    def _smooth(self, key: str, P: Tensor, finite: Tensor) -> None:
+        zero = torch.zeros_like(P)
+        old_I, old_U = (self._smoothed.get(f"{s}.{key}", zero).to(P) for s in "IU")
+        if old_I.shape != P.shape:
+            raise ValueError(f"{key} was observed as {list(old_I.shape)}, now as {list(P.shape)}")
+        new_I = self.beta1 * old_I + (1 - self.beta1) * P
+        new_U = self.beta2 * old_U + (1 - self.beta2) * (P - new_I).abs()
+        self._smoothed[f"I.{key}"] = torch.where(finite, new_I, old_I)
+        self._smoothed[f"U.{key}"] = torch.where(finite, new_U, old_U)
+
+    def _observe_magnitude(self, name: str, delta: Tensor | None) -> None:
+        if delta is None:
+            raise ValueError(f"metric 'w_mag' needs the update of layer {name!r}, got delta=None")
+        mean = float(delta.detach().double().abs().sum() / max(1, int(delta.count_nonzero())))
+        if math.isfinite(mean):
+            self._magnitudes[name] = mean
+
+    def _raw_scores(self) -> dict[str, float]:
+        if self.metric == "w_mag":
+            return {name: self._magnitudes.get(name, 0.0) for name in self.sizes}
+        return {name: self._score(f"A.{name}") + self._score(f"B.{name}") for name in self.sizes}
+
+    def _score(self, key: str) -> float:
+        if f"I.{key}" not in self._smoothed:
+            return 0.0
+        I, U = self._smoothed[f"I.{key}"], self._smoothed[f"U.{key}"]
+        return float((I.double() * U.double()).mean())
+
+
+def apportion(
+    total: int, sizes: Mapping[str, int], weights: Mapping[str, float]
+) -> dict[str, int]:
+    """Divide `total` entries among layers in proportion to their weights, none above its size.
+
+    What a full layer cannot take goes to the layers with room, in proportion to their weights again,
+    or evenly if these are all zero. Whole numbers by largest remainder, ties by name; exact rational
+    arithmetic, so the result adds up to `total` and does not depend on the order of the layers.
+
+    Args:
+        total: Entries to divide, at least 0; more than all sizes together fills every layer.
+        sizes: Capacity of each layer.
+        weights: Finite weight of each layer, at least 0.
+
+    Returns:
+        Entries per layer, in the order of `sizes`.
+    """
+    total = min(total, sum(sizes.values()))
+    weight = {name: Fraction(weights[name]) for name in sizes}
+    keep = dict.fromkeys(sizes, 0)
+    positive = [name for name in sizes if weight[name] > 0]
+    rest = _fill(keep, total, sizes, {name: weight[name] for name in positive})
+    _fill(keep, rest, sizes, {name: Fraction(1) for name in sizes if weight[name] <= 0})
+    return keep
+
+
+def _fill(
+    keep: dict[str, int], rest: int, sizes: Mapping[str, int], weight: dict[str, Fraction]
+) -> int:
+    """`apportion` among layers of positive weight, into `keep`; returns what found no room."""
+    open_weight = sum(weight.values(), Fraction(0))
+    by_fullness = sorted(weight, key=lambda name: (sizes[name] / weight[name], name))
+    for position, name in enumerate(by_fullness):
+        if rest * weight[name] < sizes[name] * open_weight:
+            return _largest_remainder(
+                keep, {n: rest * weight[n] / open_weight for n in by_fullness[position:]}
+            )
+        keep[name] = sizes[name]
+        rest -= sizes[name]
+        open_weight -= weight[name]
+    return rest
+
+
+def _largest_remainder(keep: dict[str, int], shares: dict[str, Fraction]) -> int:
+    """Round shares that add up to a whole number so that they still do; returns 0, nothing is left."""
+    floors = {name: math.floor(share) for name, share in shares.items()}
+    left = int(sum(shares.values(), Fraction(0))) - sum(floors.values())
+    by_remainder = sorted(shares, key=lambda name: (floors[name] - shares[name], name))
+    for name in by_remainder:
+        keep[name] = floors[name] + (name in by_remainder[:left])
+    return 0

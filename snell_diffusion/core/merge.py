@@ -1,0 +1,113 @@
+"""A frozen Linear and its update as one matrix product, holding nothing but the input.
+
+    y = x (W0 + Delta)^T + b,   Delta = delta_fn(*params)
+
+The plain formulation keeps every [O,I] intermediate of Delta for the backward pass; here Delta is
+built again there. Shapes: x [..., I], W0 and Delta [O,I], y [..., O].
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .precision import no_autocast
+
+DeltaFn = Callable[..., Tensor]
+
+
+def merged_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, delta_fn: DeltaFn, params: Sequence[Tensor]
+) -> Tensor:
+    """y = x (W0 + Delta)^T + b in one product, with Delta recomputed in the backward pass.
+
+    W0 + Delta is summed in the wider of both dtypes and rounded once to that of W0. Saved for the
+    backward pass: x, and by reference W0 and the params. Gradients reach x and the params, and weight
+    and bias where they require them; the gradient of Delta is summed over the tokens in at least
+    float32. Autocast lowers the product, never Delta. Under torch.compile the same formula runs
+    without the recompute: the compiler decides itself what to keep.
+
+    Args:
+        x: Input, [..., I], any strides.
+        weight: W0, [O, I], float32, float64, bfloat16 or float16.
+        bias: [O] or None.
+        delta_fn: params -> Delta [O, I]. Pure and deterministic: it runs in the forward pass and,
+            when a gradient is wanted, once more in the backward pass.
+        params: Every tensor Delta depends on and gradients shall reach.
+
+    Returns:
+        y, [..., O], in the dtype `F.linear(x, weight, bias)` has.
+    """
+    if torch.compiler.is_compiling():
+        return F.linear(x, _effective(weight, _delta(delta_fn, params)), bias)
+    y: Tensor = _MergedLinear.apply(delta_fn, x, weight, bias, *params)
+    return y
+
+
+def _delta(delta_fn: DeltaFn, params: Sequence[Tensor]) -> Tensor:
+    with no_autocast(params[0].device):
+        return delta_fn(*params)
+
+
+def _effective(weight: Tensor, delta: Tensor) -> Tensor:
+    if delta.shape != weight.shape:
+        raise ValueError(
+            f"delta_fn must return [O, I] = {list(weight.shape)}, got {list(delta.shape)}"
+        )
+    return (weight + delta).to(weight.dtype)
+
+
+class _MergedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        delta_fn: DeltaFn,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *params: Tensor,
+    ) -> Tensor:
+        ctx.delta_fn = delta_fn
+        ctx.save_for_backward(x, weight, *params)
+        return F.linear(x, _effective(weight, _delta(delta_fn, params)), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *params = ctx.saved_tensors
+        _, need_x, need_weight, need_bias, *need_params = ctx.needs_input_grad
+        with torch.autocast(x.device.type, enabled=False):
+            leaves = [p.detach().requires_grad_(n) for p, n in zip(params, need_params, strict=True)]
+            with torch.set_grad_enabled(any(need_params)):
+                delta = ctx.delta_fn(*leaves)
+            gx = gweight = None
+            if need_x:
+                gx = (gy @ _effective(weight, delta.detach()).to(gy.dtype)).to(x.dtype)
+            if need_weight or any(need_params):
+                gweight = _weight_gradient(gy, x)
+            gbias = gy.reshape(-1, gy.shape[-1]).sum(0) if need_bias else None
+            gparams = _param_gradients(delta, leaves, gweight)
+        gweight = gweight.to(weight.dtype) if need_weight and gweight is not None else None
+        return None, gx, gweight, gbias, *gparams
+
+
+def _weight_gradient(gy: Tensor, x: Tensor) -> Tensor:
+    """gy^T x summed over all tokens, [O, I], in at least float32: sums of float16 products overflow."""
+    gy, x = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1])
+    if gy.is_cuda and gy.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(gy.T, x.to(gy.dtype), out_dtype=torch.float32)
+    wide = torch.promote_types(torch.promote_types(gy.dtype, x.dtype), torch.float32)
+    return gy.to(wide).T @ x.to(wide)
+
+
+def _param_gradients(
+    delta: Tensor, leaves: Sequence[Tensor], gweight: Tensor | None
+) -> list[Tensor | None]:
+    wanted = [p for p in leaves if p.requires_grad]
+    if not wanted or gweight is None:
+        return [None] * len(leaves)
+    found = iter(torch.autograd.grad(delta, wanted, gweight.to(delta.dtype), allow_unused=True))
+    return [next(found) if p.requires_grad else None for p in leaves]
