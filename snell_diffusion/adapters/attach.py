@@ -1,0 +1,134 @@
+"""Puts an adapter's layers into a model and takes them out again, by literal module paths."""
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import inject_adapter_in_model
+from torch import Tensor, nn
+
+from snell_diffusion.adapters.state import layer_tensors, method_name
+from snell_diffusion.tuners import DeltaLayer, delta_layers
+from snell_diffusion.tuners.traverse import unwrapped
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by their path in the base model, the outermost where tuners wrap each other."""
+    found: dict[str, nn.Module] = {}
+    for name, module in unwrapped(model).named_modules():
+        found.setdefault(name.replace(".base_layer", ""), module)
+    return found
+
+
+@contextmanager
+def same_trainability(model: nn.Module) -> Iterator[None]:
+    """Restore `requires_grad` of every parameter that is there on entry; PEFT freezes the base."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def inject(model: nn.Module, config: Any, paths: Iterable[str], adapter_name: str) -> None:
+    """Wrap exactly the modules at `paths`; no pattern is matched and no random state is consumed."""
+    target = unwrapped(model)
+    # PEFT reads module paths off these names and uses nothing else of them.
+    names = {f"{path}.{method_name(config)}_A": torch.empty(0) for path in paths}
+    with (
+        same_trainability(target),
+        torch.random.fork_rng(devices=[]),
+        warnings.catch_warnings(),
+    ):
+        # A second adapter on one model is what we want, and literal paths that end alike are no
+        # inconsistency.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        warnings.filterwarnings("ignore", message="While injecting the PEFT adapters")
+        inject_adapter_in_model(
+            copy.deepcopy(config), target, adapter_name=adapter_name, state_dict=names
+        )
+    if hasattr(type(target), "_hf_peft_config_loaded"):
+        target._hf_peft_config_loaded = True  # type: ignore[assignment]
+
+
+def stand_in(linear: nn.Linear, share: bool) -> nn.Linear:
+    """A Linear of the same size that owns nothing: it shares the weight, or has none (meta)."""
+    twin = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    if share:
+        twin.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
+    return twin
+
+
+def skeleton(leaves: Mapping[str, nn.Module]) -> nn.Module:
+    """A model that consists of the given modules at the given paths and nothing else."""
+    root = nn.Module()
+    for path, leaf in leaves.items():
+        *parents, name = path.split(".")
+        node = root
+        for part in parents:
+            if part not in node._modules:
+                node.add_module(part, nn.Module())
+            node = node.get_submodule(part)
+        node.add_module(name, leaf)
+    return root
+
+
+@torch.no_grad()
+def fill(layer: DeltaLayer, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Copy an adapter's tensors into its layer, in the layer's own precision.
+
+    A threshold that is not there becomes NaN: it is taken from the sparsity level.
+    """
+    for name, live in layer_tensors(layer, adapter_name).items():
+        if name in tensors:
+            live.copy_(tensors[name].reshape(live.shape))
+        elif name.endswith("_threshold"):
+            live.fill_(torch.nan)
+
+
+def activate(model: nn.Module, adapter_names: list[str]) -> None:
+    """Make these the active adapters of all layers of our methods, frozen; others go inactive."""
+    for _, layer in delta_layers(model):
+        layer.set_adapter(adapter_names, inference_mode=True)
+
+
+def remove_adapter(model: nn.Module, adapter_name: str) -> int:
+    """Take one adapter out; layers without any adapter left give way to the module they wrap.
+
+    Args:
+        model: Its layers must not be merged.
+
+    Returns:
+        How many layers had it.
+    """
+    target = unwrapped(model)
+    count = 0
+    for parent in list(target.modules()):
+        for name, layer in list(parent.named_children()):
+            if not isinstance(layer, DeltaLayer) or adapter_name not in layer.configs:
+                continue
+            count += 1
+            # PEFT would choose another active adapter by itself and warn about it.
+            layer.set_adapter([a for a in layer.active_adapters if a != adapter_name], True)
+            layer.delete_adapter(adapter_name)
+            if not layer.configs:
+                setattr(parent, name, layer.base_layer)
+    if count:
+        forget(target, adapter_name)
+    return count
+
+
+def forget(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter's config off a model, and with the last one every trace of PEFT."""
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, dict):
+        return
+    configs.pop(adapter_name, None)
+    if not configs:
+        del model.peft_config
+        if "_hf_peft_config_loaded" in vars(model):
+            del model._hf_peft_config_loaded

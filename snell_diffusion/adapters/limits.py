@@ -1,0 +1,30 @@
+"""Limits of format 1.0, in one place. A file beyond any of them is refused before its body is read."""
+
+import re
+
+FORMAT = "1.0"
+WEIGHTS_NAME = "pytorch_snella_weights.safetensors"
+
+MAX_HEADER_BYTES = 4 * 2**20
+MAX_FILE_BYTES = 4 * 2**30
+MAX_TENSORS = 16_384
+MAX_LAYERS = 4_096  # over all components
+MAX_COMPONENTS = 16
+MAX_RANK = 1_024
+MAX_HEADS = 64
+MAX_FEATURES = 2**20  # inputs or outputs of one layer
+MAX_STRING = 256
+MAX_PROMPT = 2_048  # instance and class prompts, the only long texts
+MAX_METADATA = 64  # entries
+
+# An update larger than this many times the base weight (Frobenius norms, per layer) is taken for a
+# damaged or hostile file. Trained adapters stay below 1; the bound is far above any useful one.
+MAX_RELATIVE_UPDATE = 100.0
+# Base weights below this root mean square (zero-initialised layers) count as this large.
+MIN_BASE_RMS = 1e-3
+
+# Fixed patterns of our own, never taken from a file; each is linear in the length of its input.
+COMPONENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+MODULE_PATH = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+FIELD_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")

@@ -1,0 +1,327 @@
+"""Adapters into live models in two phases: everything is checked first, then all parts or none go in.
+
+Phase one rebuilds the adapter on a skeleton: stand-ins of the adapted modules at their paths, with
+the real tuner layers around them. What could fail on the model fails there, and the size of the
+update is measured there, while the model is only looked at. Phase two repeats the same steps on the
+model; should anything fail even then, what was put in is taken out again.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from snell_diffusion.adapters import limits
+from snell_diffusion.adapters.attach import (
+    activate,
+    base_modules,
+    fill,
+    forget,
+    inject,
+    remove_adapter,
+    skeleton,
+    stand_in,
+)
+from snell_diffusion.adapters.identity import config_hash
+from snell_diffusion.adapters.read import AdapterFile
+from snell_diffusion.adapters.schema import Component, Layer
+from snell_diffusion.adapters.state import Components, config_from, layer_tensors
+from snell_diffusion.errors import (
+    SnellaBaseError,
+    SnellaKeyError,
+    SnellaShapeError,
+    SnellaValueError,
+    shown,
+)
+from snell_diffusion.tuners import delta_layers
+from snell_diffusion.tuners.layer import has_plain_weight
+from snell_diffusion.tuners.traverse import unwrapped
+
+__all__ = ["LoadReport", "check_adapter_name", "load_adapter"]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load has done.
+
+    Attributes:
+        adapter_name: The name it was loaded under.
+        source: The file, hub id or "state dict" it came from.
+        layers: Adapted layers by component.
+        tensors: How many tensors were read.
+        parameters: How many numbers the factors hold.
+        largest_update: max over layers of |ΔW| / |W| (Frobenius norms); 0 where W is quantized.
+        base_matches: By component, whether class and config hash are those it was trained on.
+    """
+
+    adapter_name: str
+    source: str
+    layers: dict[str, int]
+    tensors: int
+    parameters: int
+    largest_update: float
+    base_matches: dict[str, bool]
+
+
+def load_adapter(
+    components: Components,
+    file: AdapterFile,
+    adapter_name: str = "default",
+    allow_other_base: bool = False,
+    max_relative_update: float = limits.MAX_RELATIVE_UPDATE,
+) -> LoadReport:
+    """Put a read adapter into live models and make it the only active one of our methods.
+
+    Args:
+        components: Models by the names the file uses, e.g. {"unet": pipe.unet}.
+        adapter_name: Letters, digits, "_" and "-", up to 64; not taken.
+        allow_other_base: Load although a component's class or config hash differs from the one
+            the adapter was trained on. Every layer must still be there with the same shape.
+        max_relative_update: Largest accepted |ΔW| / |W| of a layer (Frobenius norms).
+
+    Raises:
+        SnellaKeyError: A component or module of the file is not there, tensors are missing or
+            unknown, or the name is taken.
+        SnellaShapeError: A module or tensor has another size.
+        SnellaBaseError: Another base model.
+        SnellaConfigError: Settings this version does not know.
+        SnellaValueError: A bad name, a merged or offloaded layer, an update beyond the bound.
+
+        After any of them the models are as they were.
+    """
+    check_adapter_name(adapter_name)
+    for component, part in file.header.components.items():
+        if component not in components:
+            raise SnellaKeyError(
+                f"{file.source}: adapts {component!r} ({_trained_on(part)}), which is not among "
+                f"{shown(components) or 'the given components'}: load it into a pipeline of the "
+                "kind it was trained for"
+            )
+    check_free(components, adapter_name)
+    parts = {name: components[name] for name in file.header.components}
+    matches = {
+        name: _check_base(model, file.header.components[name], name, file.source, allow_other_base)
+        for name, model in parts.items()
+    }
+    largest = max(
+        _check_component(model, name, file, adapter_name, max_relative_update)
+        for name, model in parts.items()
+    )
+    _commit(components, parts, file, adapter_name)
+    factors = [tensor for tensor in file.tensors.values() if tensor.dim() > 1]
+    return LoadReport(
+        adapter_name=adapter_name,
+        source=file.source,
+        layers={name: len(part.layers) for name, part in file.header.components.items()},
+        tensors=len(file.tensors),
+        parameters=sum(tensor.numel() for tensor in factors),
+        largest_update=largest,
+        base_matches=matches,
+    )
+
+
+def check_adapter_name(name: object) -> None:
+    """Refuse what cannot name an adapter.
+
+    Raises:
+        SnellaValueError: Not a plain name of 1 to 64 characters, or a name torch itself uses.
+    """
+    if not isinstance(name, str) or not limits.ADAPTER_NAME.fullmatch(name):
+        raise SnellaValueError(
+            f"adapter name {str(name)[:80]!r}: expected 1 to 64 letters, digits, '_' or '-'"
+        )
+    if hasattr(nn.ParameterDict, name):
+        raise SnellaValueError(
+            f"adapter name {name!r} is a name torch uses itself; choose another, e.g. 'my_{name}'"
+        )
+
+
+def check_free(components: Components, adapter_name: str) -> None:
+    """Refuse a name that any tuner, ours or another, has on any of the models.
+
+    Raises:
+        SnellaKeyError: The name is taken.
+    """
+    for component, model in components.items():
+        taken = set(getattr(unwrapped(model), "peft_config", None) or {})
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                taken.update(module._get_available_adapters())
+        if adapter_name in taken:
+            raise SnellaKeyError(
+                f"adapter name {adapter_name!r} is already in use on {component!r} "
+                f"(there: {shown(taken)}): choose another adapter_name or unload that one first"
+            )
+
+
+def _trained_on(part: Component) -> str:
+    return f"{len(part.layers)} layers of a {part.base.model if part.base else 'model'}"
+
+
+def _check_base(
+    model: nn.Module, part: Component, component: str, source: str, allow_other: bool
+) -> bool:
+    """Whether the base is the one the adapter was trained on; raises if not and not allowed."""
+    if part.base is None:
+        return False
+    base = unwrapped(model)
+    came, expected = type(base).__name__, part.base.model
+    if came == expected and config_hash(base) == part.base.config_hash:
+        return True
+    if allow_other:
+        return False
+    what = (
+        f"was trained on {expected}, this is {came}"
+        if came != expected
+        else f"was trained on a {expected} with other settings (config hash "
+        f"{part.base.config_hash[:12]}, this model has {config_hash(base)[:12]})"
+    )
+    hint = (
+        _misfits(model, part) or "all its layers fit; allow_other_base=True loads it all the same"
+    )
+    raise SnellaBaseError(f"{source}: component {component!r} {what}: {hint}")
+
+
+def _misfits(model: nn.Module, part: Component) -> str:
+    """The first difference between a model's modules and a layer table, empty if there is none."""
+    modules = base_modules(model)
+    for path, row in part.layers.items():
+        linear = _linear(modules.get(path))
+        if linear is None:
+            return f"it has no Linear {path!r}"
+        if [linear.out_features, linear.in_features] != row.shape:
+            came = [linear.out_features, linear.in_features]
+            return f"{path!r} is [out, in] = {came} here, {row.shape} in the file"
+    return ""
+
+
+def _linear(module: nn.Module | None) -> nn.Linear | None:
+    while isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    return module if isinstance(module, nn.Linear) else None
+
+
+def _check_component(
+    model: nn.Module, component: str, file: AdapterFile, adapter_name: str, bound: float
+) -> float:
+    """Phase one for one component; returns the largest |ΔW| / |W|."""
+    part = file.header.components[component]
+    linears = _check_modules(model, component, part, file.source)
+    config = config_from(part, file.source)
+    leaves = {path: stand_in(linear, has_plain_weight(linear)) for path, linear in linears.items()}
+    shadow = skeleton(leaves)
+    inject(shadow, config, part.layers, adapter_name)
+    largest = 0.0
+    for path, layer in delta_layers(shadow, adapter_name):
+        tensors = file.by_layer[f"{component}.{path}"]
+        place = f"{file.source}: {component}.{path}"
+        _check_tensors(layer_tensors(layer, adapter_name), tensors, part.layers[path], place)
+        fill(layer, adapter_name, tensors)
+        largest = max(largest, _relative_update(layer, adapter_name, bound, place))
+    return largest
+
+
+def _check_modules(
+    model: nn.Module, component: str, part: Component, source: str
+) -> dict[str, nn.Linear]:
+    modules = base_modules(model)
+    missing = [path for path in part.layers if _linear(modules.get(path)) is None]
+    if missing:
+        raise SnellaKeyError(
+            f"{source}: {len(missing)} of {len(part.layers)} layers are no Linear of this "
+            f"{component} ({type(unwrapped(model)).__name__}): {shown(missing, 4)}; "
+            f"the adapter holds {_trained_on(part)}"
+        )
+    linears = {}
+    for path, row in part.layers.items():
+        module, linear = modules[path], _linear(modules[path])
+        assert linear is not None
+        came = [linear.out_features, linear.in_features]
+        if came != row.shape:
+            raise SnellaShapeError(
+                f"{source}: {component}.{path}: the file's layer is [out, in] = {row.shape}, "
+                f"this model's is {came}; the adapter is for another model size"
+            )
+        if linear.weight.device.type == "meta":
+            raise SnellaValueError(
+                f"{component}.{path} has no weights in memory (offloaded to meta): load the "
+                "adapter before enable_sequential_cpu_offload or group offloading"
+            )
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            raise SnellaValueError(
+                f"{component}.{path} has adapter(s) {shown(module.merged_adapters)} merged into its "
+                "weight: unfuse (unfuse_snella or unfuse_lora) before loading another"
+            )
+        linears[path] = linear
+    return linears
+
+
+def _check_tensors(
+    live: Mapping[str, Tensor], tensors: Mapping[str, Tensor], row: Layer, place: str
+) -> None:
+    optional = {name for name in live if name.endswith("_threshold")}
+    missing = live.keys() - tensors.keys() - optional
+    unknown = tensors.keys() - live.keys()
+    if missing or unknown:
+        raise SnellaKeyError(
+            f"{place}: tensors missing: {shown(missing) or 'none'}; unknown: "
+            f"{shown(unknown) or 'none'}; the layer needs {shown(live.keys() - optional)}"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != live[name].shape:
+            raise SnellaShapeError(
+                f"{place}.{name} has shape {tuple(tensor.shape)}, expected "
+                f"{tuple(live[name].shape)} for a layer of {row.shape[1]} inputs and "
+                f"{row.shape[0]} outputs with r={row.r}, heads={row.heads}"
+            )
+
+
+@torch.no_grad()
+def _relative_update(layer: Any, adapter_name: str, bound: float, place: str) -> float:
+    delta = layer.get_delta_weight(adapter_name)
+    size = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
+    if size != size or size == float("inf"):
+        raise SnellaValueError(
+            f"{place}: the update holds NaN or infinite values although its tensors are finite; "
+            "use another checkpoint of this adapter"
+        )
+    weight = layer.get_base_layer().weight
+    if weight.device.type == "meta":
+        return 0.0
+    floor = limits.MIN_BASE_RMS * delta.numel() ** 0.5
+    ratio = size / max(float(torch.linalg.vector_norm(weight, dtype=torch.float32)), floor)
+    if ratio > bound:
+        raise SnellaValueError(
+            f"{place}: the update is {ratio:.3g} times as large as the weight it is added to "
+            f"(accepted: {bound:g}); the file is damaged, or raise max_relative_update"
+        )
+    return ratio
+
+
+def _commit(
+    components: Components, parts: Components, file: AdapterFile, adapter_name: str
+) -> None:
+    """Phase two. A failure here would be a bug of ours; the models are restored all the same."""
+    active = {
+        layer: layer.active_adapters[:]
+        for model in components.values()
+        for _, layer in delta_layers(model)
+    }
+    try:
+        for component, model in parts.items():
+            part = file.header.components[component]
+            inject(model, config_from(part, file.source), part.layers, adapter_name)
+            for path, layer in delta_layers(model, adapter_name):
+                fill(layer, adapter_name, file.by_layer[f"{component}.{path}"])
+        for model in components.values():
+            activate(model, [adapter_name])
+    except BaseException:
+        for model in parts.values():
+            remove_adapter(model, adapter_name)
+            forget(unwrapped(model), adapter_name)
+        for layer, names in active.items():
+            layer.set_adapter(names, inference_mode=True)
+        raise

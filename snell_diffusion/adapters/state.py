@@ -1,0 +1,162 @@
+"""From live models to plain tensors and table rows: what one adapter consists of.
+
+Names are `<component>.<module path>.<tensor>`, for example
+`unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.snella_A`: the path is the one in the
+base model, and the adapter's own name does not occur in it.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snell_diffusion.adapters.schema import Component
+from snell_diffusion.errors import SnellaConfigError, SnellaKeyError, shown
+from snell_diffusion.tuners import DeltaLayer, delta_layers
+
+Components = Mapping[str, nn.Module]
+
+# Which modules are adapted is told by the layer table, literally: a file brings no patterns. The
+# rest is PEFT's own bookkeeping.
+_NOT_SAVED = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "inference_mode",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "target_modules",
+    "task_type",
+}
+
+
+def adapter_layers(
+    components: Components, adapter_name: str
+) -> Iterator[tuple[str, str, DeltaLayer]]:
+    """(component, module path, layer) of every layer that has the adapter, in traversal order."""
+    for component, model in components.items():
+        for path, layer in delta_layers(model, adapter_name):
+            yield component, path, layer
+
+
+def layer_tensors(layer: DeltaLayer, adapter_name: str) -> dict[str, Tensor]:
+    """The live tensors of one adapter in one layer by their short names, e.g. `snella_A`."""
+    return {
+        name: container[adapter_name]
+        for name, container in layer.containers()
+        if adapter_name in container
+    }
+
+
+def adapter_state(
+    components: Components, adapter_name: str = "default", dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """A copy of one adapter's tensors on the CPU, ready for a file.
+
+    A threshold of NaN means "taken from the sparsity level"; it is left out, as every tensor of an
+    adapter is finite.
+
+    Args:
+        dtype: Storage of the factor matrices; None keeps them as they are (float32). With a
+            16-bit dtype thresholds are left out too: they belong to the unrounded factors.
+
+    Raises:
+        SnellaKeyError: No layer has an adapter of that name.
+    """
+    state: dict[str, Tensor] = {}
+    for component, path, layer in adapter_layers(components, adapter_name):
+        for short, tensor in layer_tensors(layer, adapter_name).items():
+            if short.endswith("_threshold") and (bool(tensor.isnan()) or dtype is not None):
+                continue
+            narrow = dtype is not None and tensor.dim() > 1
+            state[f"{component}.{path}.{short}"] = tensor.detach().to(
+                device="cpu", dtype=dtype if narrow else None, copy=True
+            )
+    if not state:
+        raise SnellaKeyError(
+            f"no layer of {shown(components) or 'no component'} has a SNELLA adapter named "
+            f"{adapter_name!r}; loaded: {shown(adapter_names(components)) or 'none'}"
+        )
+    return state
+
+
+def adapter_names(components: Components) -> list[str]:
+    """Names of all adapters of our methods, in the order they were added."""
+    names = dict.fromkeys(
+        name
+        for model in components.values()
+        for _, layer in delta_layers(model)
+        for name in layer.configs
+    )
+    return list(names)
+
+
+def layer_row(layer: DeltaLayer, adapter_name: str) -> dict[str, Any]:
+    """One row of the layer table (`schema.Layer`)."""
+    config = layer.configs[adapter_name]
+    stored = layer_tensors(layer, adapter_name).get(f"{_prefix(config)}threshold")
+    threshold = None if stored is None or bool(stored.isnan()) else float(stored)
+    return {
+        "kind": "linear",
+        "shape": [layer.out_features, layer.in_features],
+        "r": layer.r[adapter_name],
+        "heads": config.heads,
+        "sparsity": layer.sparsity(adapter_name),
+        "threshold": threshold,
+        "kept": layer.kept(adapter_name),
+    }
+
+
+def method_name(config: Any) -> str:
+    """The method of a PEFT config as files spell it, e.g. `snella`."""
+    return str(config.peft_type.value).lower()
+
+
+def _prefix(config: Any) -> str:
+    return f"{method_name(config)}_"
+
+
+def config_row(config: Any) -> dict[str, Any]:
+    """A method's settings as plain values, without what the layer table says."""
+    row = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in _NOT_SAVED:
+            continue
+        if isinstance(value, (set, frozenset, tuple)):
+            value = sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+        row[field.name] = value
+    return row
+
+
+def config_from(component: Component, source: str) -> Any:
+    """The PEFT config of a component of a file, with the literal layer names as its targets.
+
+    Raises:
+        SnellaConfigError: The method or one of its settings is unknown, mistyped or out of range.
+    """
+    from snell_diffusion.tuners import METHODS
+
+    method = METHODS.get(component.method.upper())
+    if method is None:
+        known = shown(name.lower() for name in METHODS)
+        raise SnellaConfigError(f"{source}: method {component.method!r} is unknown; known: {known}")
+    known_fields = {field.name for field in dataclasses.fields(method.config)} - _NOT_SAVED
+    unknown = set(component.config) - known_fields
+    if unknown:
+        raise SnellaConfigError(
+            f"{source}: method {component.method!r} has no setting {shown(unknown)}; "
+            f"known: {shown(known_fields, 40)}"
+        )
+    try:
+        return method.config(
+            **component.config, target_modules=list(component.layers), inference_mode=True
+        )
+    except (TypeError, ValueError) as error:
+        raise SnellaConfigError(
+            f"{source}: settings of method {component.method!r} are refused: {error}"
+        ) from error

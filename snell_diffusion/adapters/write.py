@@ -1,0 +1,168 @@
+"""Adapters to files: one safetensors file per adapter, whatever components it covers."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snell_diffusion.adapters import limits
+from snell_diffusion.adapters.bare import method_tensor
+from snell_diffusion.adapters.container import encode, write_atomic
+from snell_diffusion.adapters.identity import config_hash
+from snell_diffusion.adapters.schema import (
+    DIGEST_KEY,
+    FORMAT_KEY,
+    HEADER_KEY,
+    Header,
+    digest,
+    header_from,
+)
+from snell_diffusion.adapters.state import (
+    Components,
+    adapter_layers,
+    adapter_state,
+    config_row,
+    layer_row,
+    method_name,
+)
+from snell_diffusion.errors import SnellaConfigError, SnellaValueError, shown
+
+__all__ = ["adapter_file_bytes", "describe", "save_adapter", "state_with_header", "target_file"]
+
+_STORAGE = (None, torch.float32, torch.float16, torch.bfloat16)
+
+
+def save_adapter(
+    path: str | os.PathLike[str],
+    components: Components,
+    adapter_name: str = "default",
+    metadata: Mapping[str, Any] | None = None,
+    base: Mapping[str, str | None] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write one adapter of live models to a file, atomically.
+
+    Args:
+        path: A folder, which gets `pytorch_snella_weights.safetensors`, or a `.safetensors` file.
+        components: Models by their name in the pipeline, e.g. {"unet": ..., "text_encoder": ...};
+            those without the adapter are left out.
+        adapter_name: Which adapter; its name is not written.
+        metadata: Flat table of numbers and texts, e.g. instance_prompt, steps (up to 64 entries,
+            texts up to 2,048 characters).
+        base: Where the base model came from: any of pipeline, source, revision.
+        dtype: Storage of the factor matrices: float32 (default), float16 or bfloat16.
+
+    Returns:
+        The file.
+
+    Raises:
+        SnellaKeyError: No layer has the adapter.
+        SnellaConfigError: Two components of one adapter use the same method differently.
+        SnellaSchemaError: Metadata beyond the limits.
+        SnellaValueError: Tensors that are not finite, or another `dtype`.
+        SnellaFileError: The disk does not take the file.
+    """
+    target = target_file(path)
+    data = adapter_file_bytes(components, adapter_name, metadata, base, dtype)
+    write_atomic(target, data)
+    return target
+
+
+def target_file(path: str | os.PathLike[str]) -> Path:
+    """The file a path stands for: itself if it ends in .safetensors, else one inside the folder."""
+    target = Path(path)
+    return target if target.suffix == ".safetensors" else target / limits.WEIGHTS_NAME
+
+
+def adapter_file_bytes(
+    components: Components,
+    adapter_name: str = "default",
+    metadata: Mapping[str, Any] | None = None,
+    base: Mapping[str, str | None] | None = None,
+    dtype: torch.dtype | None = None,
+) -> bytes:
+    """The file of `save_adapter` as bytes; equal adapters give equal bytes."""
+    header, tensors = describe(components, adapter_name, metadata, base, dtype)
+    text = header.to_json()
+    texts = {
+        "format": "pt",
+        FORMAT_KEY: limits.FORMAT,
+        HEADER_KEY: text,
+        DIGEST_KEY: digest(text, tensors),
+    }
+    return encode(tensors, texts)
+
+
+def state_with_header(
+    components: Components, adapter_name: str = "default"
+) -> dict[str, Tensor | str]:
+    """One adapter as a state dict that `read_adapter` takes, its header under `snella.header`."""
+    header, tensors = describe(components, adapter_name)
+    return {**tensors, HEADER_KEY: header.to_json()}
+
+
+def describe(
+    components: Components,
+    adapter_name: str = "default",
+    metadata: Mapping[str, Any] | None = None,
+    base: Mapping[str, str | None] | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Header, dict[str, Tensor]]:
+    """The header and the tensors of one adapter; see `save_adapter` for arguments and errors."""
+    from snell_diffusion import __version__
+
+    if dtype not in _STORAGE:
+        raise SnellaValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    narrow = None if dtype is torch.float32 else dtype
+    tensors = adapter_state(components, adapter_name, narrow)
+    parts: dict[str, dict[str, Any]] = {}
+    for component, path, layer in adapter_layers(components, adapter_name):
+        config = layer.configs[adapter_name]
+        if component not in parts:
+            parts[component] = _component(components[component], config)
+        elif config_row(config) != parts[component]["config"]:
+            raise SnellaConfigError(
+                f"adapter {adapter_name!r}: layer {component}.{path} has other settings than the "
+                "layers before it; one adapter has one config per component"
+            )
+        row = layer_row(layer, adapter_name)
+        parts[component]["layers"][path] = row if narrow is None else {**row, "threshold": None}
+    for component, part in parts.items():
+        tensors[f"{component}.{part['method']}_method"] = method_tensor(
+            part["method"], part["config"]
+        )
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise SnellaValueError(
+                f"tensor {name!r} of adapter {adapter_name!r} holds NaN or infinite values; "
+                "nothing was written: go back to an earlier checkpoint"
+            )
+    header = header_from(
+        {
+            "format": limits.FORMAT,
+            "writer": f"snell_diffusion {__version__}",
+            "requires": sorted({part["method"] for part in parts.values()}),
+            "origin": dict(base or {}),
+            "components": parts,
+            "metadata": dict(metadata or {}),
+        },
+        f"adapter {adapter_name!r}",
+    )
+    return header, tensors
+
+
+def _component(model: nn.Module, config: Any) -> dict[str, Any]:
+    if config.modules_to_save:
+        raise SnellaConfigError(
+            f"this adapter also trains whole modules ({shown(config.modules_to_save)}), which format "
+            f"{limits.FORMAT} does not hold; save those yourself and leave modules_to_save empty"
+        )
+    return {
+        "method": method_name(config),
+        "config": config_row(config),
+        "base": {"class": type(model).__name__, "config_hash": config_hash(model)},
+        "layers": {},
+    }
