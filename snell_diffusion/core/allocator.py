@@ -39,6 +39,8 @@ class Allocator:
         beta1, beta2: Decay of the smoothed importance I and of its uncertainty U, 0 to below 1.
         metric: P is |p dL/dp| for "ipt" and |p| for "mag"; "w_mag" scores a layer by the mean
             magnitude of the entries its update keeps, unsmoothed.
+        exact: Counts add up to the budget. If false they are truncated as in the public code, which
+            loses up to one entry per layer.
         strict: Refuse a schedule whose warmups leave no step between them (it jumps to the target).
             If false that is only logged; the published default 10 + 400 of 100 is such a schedule.
 
@@ -58,6 +60,8 @@ class Allocator:
         beta1: float = 0.85,
         beta2: float = 0.85,
         metric: str = "ipt",
+        *,
+        exact: bool = True,
         strict: bool = False,
     ) -> None:
         self.sizes = dict(sizes)
@@ -65,11 +69,12 @@ class Allocator:
         self.init_warmup, self.final_warmup = init_warmup, final_warmup
         self.interval, self.total = interval, total
         self.beta1, self.beta2, self.metric = beta1, beta2, metric
+        self.exact = exact
         self._validate(strict)
         self._smoothed: dict[str, Tensor] = {}  # "<I or U>.<A or B>.<layer>", as in state_dict
         self._magnitudes: dict[str, float] = {}
         self._scores = dict.fromkeys(self.sizes, math.nan)
-        self._keep = apportion(int(self._volume(init_sparsity)), self.sizes, self.sizes)
+        self._keep = self._apportion(self._volume(init_sparsity), self.sizes)
 
     def observe(
         self,
@@ -98,7 +103,9 @@ class Allocator:
             ValueError: metric "w_mag" without delta, or a shape that changed.
         """
         if name not in self.sizes:
-            raise KeyError(f"layer {name!r} is unknown to this allocator of {len(self.sizes)} layers")
+            raise KeyError(
+                f"layer {name!r} is unknown to this allocator of {len(self.sizes)} layers"
+            )
         if self.metric == "w_mag":
             self._observe_magnitude(name, delta)
             return
@@ -124,7 +131,7 @@ class Allocator:
         if not 0 < total < math.inf:
             return None
         self._scores = {name: z / total for name, z in raw.items()}
-        self._keep = apportion(int(self.budget(step)), self.sizes, self._scores)
+        self._keep = self._apportion(self.budget(step), self._scores)
         return {name: sparsity_for(n, self._keep[name]) for name, n in self.sizes.items()}
 
     def budget(self, step: int) -> float:
@@ -188,7 +195,9 @@ class Allocator:
 
     def _validate(self, strict: bool) -> None:
         if not self.sizes or min(self.sizes.values()) < 1:
-            raise ValueError(f"sizes needs at least one layer of at least one entry, got {self.sizes}")
+            raise ValueError(
+                f"sizes needs at least one layer of at least one entry, got {self.sizes}"
+            )
         for name in ("init_sparsity", "target_sparsity"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be 0 to 1, got {getattr(self, name)}")
@@ -209,6 +218,9 @@ class Allocator:
             if strict:
                 raise ValueError(message)
             logger.warning(message)
+
+    def _apportion(self, budget: float, weights: Mapping[str, float]) -> dict[str, int]:
+        return apportion(math.floor(budget), self.sizes, weights, self.exact)
 
     def _volume(self, sparsity: float) -> float:
         return sum((1 - sparsity) * n for n in self.sizes.values())
@@ -255,7 +267,7 @@ class Allocator:
 
 
 def apportion(
-    total: int, sizes: Mapping[str, int], weights: Mapping[str, float]
+    total: int, sizes: Mapping[str, int], weights: Mapping[str, float], exact: bool = True
 ) -> dict[str, int]:
     """Divide `total` entries among layers in proportion to their weights, none above its size.
 
@@ -267,41 +279,37 @@ def apportion(
         total: Entries to divide, at least 0; more than all sizes together fills every layer.
         sizes: Capacity of each layer.
         weights: Finite weight of each layer, at least 0.
+        exact: If false, shares are truncated and up to one entry per layer is lost, as in the
+            public code.
 
     Returns:
         Entries per layer, in the order of `sizes`.
     """
     total = min(total, sum(sizes.values()))
-    weight = {name: Fraction(weights[name]) for name in sizes}
-    keep = dict.fromkeys(sizes, 0)
-    positive = [name for name in sizes if weight[name] > 0]
-    rest = _fill(keep, total, sizes, {name: weight[name] for name in positive})
-    _fill(keep, rest, sizes, {name: Fraction(1) for name in sizes if weight[name] <= 0})
+    share = dict.fromkeys(sizes, Fraction(0))
+    positive = {name: Fraction(weights[name]) for name in sizes if weights[name] > 0}
+    rest = _fill(share, total, sizes, positive)
+    _fill(share, rest, sizes, {name: Fraction(1) for name in sizes if name not in positive})
+    keep = {name: math.floor(s) for name, s in share.items()}
+    if exact:
+        by_remainder = sorted(sizes, key=lambda name: (keep[name] - share[name], name))
+        for name in by_remainder[: total - sum(keep.values())]:
+            keep[name] += 1
     return keep
 
 
 def _fill(
-    keep: dict[str, int], rest: int, sizes: Mapping[str, int], weight: dict[str, Fraction]
+    share: dict[str, Fraction], rest: int, sizes: Mapping[str, int], weight: dict[str, Fraction]
 ) -> int:
-    """`apportion` among layers of positive weight, into `keep`; returns what found no room."""
+    """Fill `share` in proportion to positive weights up to the sizes; returns what found no room."""
     open_weight = sum(weight.values(), Fraction(0))
     by_fullness = sorted(weight, key=lambda name: (sizes[name] / weight[name], name))
     for position, name in enumerate(by_fullness):
         if rest * weight[name] < sizes[name] * open_weight:
-            return _largest_remainder(
-                keep, {n: rest * weight[n] / open_weight for n in by_fullness[position:]}
-            )
-        keep[name] = sizes[name]
+            with_room = by_fullness[position:]
+            share.update({n: rest * weight[n] / open_weight for n in with_room})
+            return 0
+        share[name] = Fraction(sizes[name])
         rest -= sizes[name]
         open_weight -= weight[name]
     return rest
-
-
-def _largest_remainder(keep: dict[str, int], shares: dict[str, Fraction]) -> int:
-    """Round shares that add up to a whole number so that they still do; returns 0, nothing is left."""
-    floors = {name: math.floor(share) for name, share in shares.items()}
-    left = int(sum(shares.values(), Fraction(0))) - sum(floors.values())
-    by_remainder = sorted(shares, key=lambda name: (floors[name] - shares[name], name))
-    for name in by_remainder:
-        keep[name] = floors[name] + (name in by_remainder[:left])
-    return 0

@@ -61,9 +61,7 @@ def linear_kernel(A: Tensor, B: Tensor, signs: Tensor) -> Tensor:
         return torch.einsum("h,hiq,hoq->io", signs, A, B)
 
 
-def mix(
-    K: Tensor, alpha: Tensor | float, gamma: Tensor | float, beta: Tensor | float
-) -> Tensor:
+def mix(K: Tensor, alpha: Tensor | float, gamma: Tensor | float, beta: Tensor | float) -> Tensor:
     """Add a softmax over the outputs and an offset: w = K + alpha softmax_o(K / gamma) + beta.
 
     gamma is used as max(gamma, 1e-4), so zero or a negative value gives neither NaN nor a flipped

@@ -80,7 +80,9 @@ class _MergedLinear(torch.autograd.Function):
         x, weight, *params = ctx.saved_tensors
         _, need_x, need_weight, need_bias, *need_params = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):
-            leaves = [p.detach().requires_grad_(n) for p, n in zip(params, need_params, strict=True)]
+            leaves = [
+                p.detach().requires_grad_(n) for p, n in zip(params, need_params, strict=True)
+            ]
             with torch.set_grad_enabled(any(need_params)):
                 delta = ctx.delta_fn(*leaves)
             gx = gweight = None

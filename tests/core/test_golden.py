@@ -178,34 +178,23 @@ def test_training_trace(case: Case, precision: str) -> None:
         weight_decay=config["weight_decay"],
     )
     schedule = config["allocator"]
-    alloc = None
-    if schedule is not None:
-        sizes = {str(i): q["A"].shape[1] * q["B"].shape[1] for i, q in layers.items()}
-        alloc = Allocator(
-            sizes,
-            config["sparsity"],
-            schedule["target"],
-            schedule["iw"],
-            schedule["fw"],
-            schedule["mi"],
-            schedule["total"],
-        )
+    sizes = {str(i): q["A"].shape[1] * q["B"].shape[1] for i, q in layers.items()}
+    truncating, exact = (
+        [trace_allocator(sizes, config, exact) for exact in (False, True)]
+        if schedule
+        else (None,) * 2
+    )
 
     def linear(i: int, x: Tensor) -> Tensor:
         fn = delta_fn(case.method, list(layers[i]), t["coeff"], levels[i])
         return merged_linear(x, t[f"W{i}"], t[f"b{i}"], fn, list(layers[i].values()))
 
     for step in range(config["steps"]):
-        if alloc is not None and step % schedule["K"] == 0:
-            new = alloc.update(step // schedule["K"])
-            levels = {i: new[str(i)] for i in levels} if new is not None else levels
+        if truncating is not None and step % schedule["K"] == 0:
+            levels = follow(truncating, exact, step // schedule["K"], levels)
         loss = F.mse_loss(linear(2, F.gelu(linear(1, t["X"]))), t["Y"])
         case.assert_close(loss, t[f"loss.{precision}"][step], precision, f"loss {step}")
-        want_levels = t[f"thresholds.{precision}"][step]
-        for i, level in levels.items():
-            assert abs(level - float(want_levels[i - 1])) <= 2 / (
-                layers[i]["A"].shape[1] * layers[i]["B"].shape[1]
-            )
+        assert list(levels.values()) == pytest.approx(t[f"thresholds.{precision}"][step].tolist())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -213,9 +202,30 @@ def test_training_trace(case: Case, precision: str) -> None:
             for name, value in params.items():
                 want = t[f"hist.{name}{i}.{precision}"][step]
                 case.assert_close(value, want, precision, f"{name}{i} after step {step}")
-            if alloc is not None:
+            if schedule:
                 A, B = params["A"], params["B"]
-                alloc.observe(str(i), A, A.grad, B, B.grad)
+                truncating.observe(str(i), A, A.grad, B, B.grad)
+                exact.observe(str(i), A, A.grad, B, B.grad)
+
+
+def trace_allocator(sizes: dict[str, int], config: dict[str, Any], exact: bool) -> Allocator:
+    schedule = config["allocator"]
+    numbers = [schedule[k] for k in ("target", "iw", "fw", "mi", "total")]
+    return Allocator(sizes, config["sparsity"], *numbers, exact=exact, strict=True)
+
+
+def follow(
+    truncating: Allocator, exact: Allocator, epoch: int, levels: dict[int, float]
+) -> dict[int, float]:
+    """Levels of the truncating allocator; the exact one must stay near and spend all its budget."""
+    new, near = truncating.update(epoch), exact.update(epoch)
+    if new is None or near is None:
+        assert new is near
+        return levels
+    assert sum(exact.keep().values()) == math.floor(exact.budget(epoch))
+    for name, size in exact.sizes.items():
+        assert abs(new[name] - near[name]) <= 2 / size
+    return {i: new[str(i)] for i in levels}
 
 
 @pytest.mark.parametrize("case", cases("vit_block"), ids=str)
