@@ -1,0 +1,293 @@
+"""Every setting of a DreamBooth run: one dataclass per topic, one flat root, checked on creation.
+
+Field names are the flag names of the diffusers training scripts. Each field's help states quantity,
+range and unit; the command line, the configuration reference and the app are generated from them.
+"""
+
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+from pydantic.dataclasses import dataclass
+
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+_FROZEN: Any = {"frozen": True, "kw_only": True, "config": {"extra": "forbid"}}
+
+
+def _help(default: Any, text: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(**_FROZEN)
+class BaseModel:
+    """The text-to-image model that is adapted."""
+
+    pretrained_model_name_or_path: str = _help(
+        "embedded",
+        "Base model: 'embedded' (ships with this package, 64x64 pixels), a diffusers folder, or a "
+        "hub id. `base` in a YAML file and --base mean the same.",
+    )
+    revision: str | None = _help(None, "Revision of a hub model: branch, tag or commit.")
+    variant: str | None = _help(None, "Weight file variant of the base, for example fp16.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = _help(
+        "no",
+        "Precision of the frozen base and of its activations; trained tensors stay float32. "
+        "fp16 needs a GPU.",
+    )
+    gradient_checkpointing: bool = _help(
+        False, "Recompute activations in the backward pass: less memory, about 30 % more time."
+    )
+
+
+@dataclass(**_FROZEN)
+class Data:
+    """Photos, prompts and class images."""
+
+    instance_data_dir: str | None = _help(
+        None,
+        "Folder with the subject's photos (jpg, png, webp). A caption may stand in a .txt file "
+        "beside a photo or in metadata.jsonl (file_name, text).",
+    )
+    instance_prompt: str | None = _help(
+        None, "Prompt with the rare token, for example 'a photo of a sks dog'."
+    )
+    use_captions: bool = _help(
+        True, "Use a photo's own caption, where it has one, instead of instance_prompt."
+    )
+    class_data_dir: str | None = _help(
+        None, "Folder with class images; missing ones are generated here. Default: in output_dir."
+    )
+    class_prompt: str | None = _help(
+        None, "Prompt of the class without the token, for example 'a photo of a dog'."
+    )
+    with_prior_preservation: bool = _help(
+        False, "Also train on class images, so that the class keeps its look. Needs class_prompt."
+    )
+    prior_loss_weight: NotNegative = _help(
+        1.0, "Weight of the class images' loss beside the subject's; at least 0."
+    )
+    num_class_images: Count = _help(100, "Class images wanted; at least 1.")
+    class_batch_size: Count | None = _help(
+        None, "Class images per step and process; at least 1. Default: train_batch_size."
+    )
+    sample_batch_size: Count = _help(4, "Pictures per call when class images are generated.")
+    resolution: Annotated[int, Field(ge=8, le=4096)] = _help(
+        512, "Side of the square training pictures in pixels, 8 to 4096, a multiple of 8."
+    )
+    center_crop: bool = _help(True, "Crop at the centre; otherwise at random, which needs no cache.")
+    random_flip: bool = _help(
+        False, "Mirror half of the photos. Off by default: it changes lettering and asymmetric faces."
+    )
+    cache_latents: bool = _help(
+        True, "Encode every photo once and keep the latents in memory; the VAE then leaves the GPU."
+    )
+
+
+@dataclass(**_FROZEN)
+class Method:
+    """The adapter: which update, how large, how sparse. Unset fields: SnellaConfig.diffusion()."""
+
+    method: Literal["snella", "lora"] = _help(
+        "snella", "snella: kernelized sparse update. lora: PEFT's LoRA as it is, the yardstick."
+    )
+    rank: Count | None = _help(
+        None, "Columns of the factors A and B together, over all heads; at least 1."
+    )
+    heads: Count | None = _help(None, "Kernel heads with alternating signs; divides rank.")
+    kernel: Literal["mixed", "distance", "linear"] | None = _help(
+        None, "Kernel between the factors: mixed = distance + softmax over outputs + constant."
+    )
+    sparsify: (
+        Literal["squared", "squared_true", "printed", "printed_true", "mask", "soft", "none"] | None
+    ) = _help(
+        None, "What happens to entries above the threshold; squared is the papers' public code."
+    )
+    init_sparsity: Decay | None = _help(
+        None, "Share of zeros in the update at the start, 0 to below 1."
+    )
+    target_sparsity: Decay | None = _help(None, "Share of zeros at the end, 0 to below 1.")
+    init: Literal["paper", "identity"] | None = _help(
+        None, "Start of the update: paper = small random, identity = exactly zero."
+    )
+    init_scale: Positive | None = _help(
+        None, "Factor on the range that A and B are drawn from, above 0."
+    )
+    update_scale: Positive | None = _help(
+        None, "Constant factor of the update, above 0 (for lora: lora_alpha / rank)."
+    )
+    dropout: Decay | None = _help(None, "Dropout on the adapter's input, 0 to below 1.")
+    train_alpha: bool | None = _help(None, "Train the weight of the softmax term.")
+    train_gamma: bool | None = _help(None, "Train the temperature of the softmax term.")
+    train_beta: bool | None = _help(None, "Train the constant term.")
+    target_modules: list[str] = _help(
+        [], "Names of the Linear layers to adapt, matched by suffix. Default: the family's list."
+    )
+    train_text_encoder: bool = _help(False, "Adapt the text encoder too (then its cache is off).")
+    text_encoder_rank: Count | None = _help(
+        None, "Rank of the text encoder's adapter; at least 1. Default: rank."
+    )
+    alloc_init_warmup: Whole | None = _help(
+        None, "Steps before the layers start to compete for the budget."
+    )
+    alloc_final_warmup: Whole | None = _help(None, "Steps at the end that hold the target budget.")
+    alloc_interval: Count | None = _help(None, "Steps between two allocations of the budget.")
+    alloc_beta1: Decay | None = _help(None, "Smoothing of the importance scores, 0 to below 1.")
+    alloc_beta2: Decay | None = _help(None, "Smoothing of their uncertainty, 0 to below 1.")
+    alloc_metric: Literal["ipt", "mag", "w_mag"] | None = _help(
+        None,
+        "Importance: ipt = |parameter x gradient|, mag = |parameter|, w_mag = mean kept |update|.",
+    )
+
+
+@dataclass(**_FROZEN)
+class Optimization:
+    """Objective, optimizer and schedule."""
+
+    max_train_steps: Count = _help(500, "Optimizer steps; at least 1.")
+    train_batch_size: Count = _help(4, "Photos of the subject per step and process; at least 1.")
+    gradient_accumulation_steps: Count = _help(
+        1, "Batches whose gradients are averaged into one optimizer step; at least 1."
+    )
+    learning_rate: Positive = _help(1e-4, "Peak learning rate of the factors, above 0.")
+    scalar_learning_rate: NotNegative | None = _help(
+        None, "Learning rate of alpha, gamma and beta; at least 0. Default: learning_rate."
+    )
+    text_encoder_lr: Positive | None = _help(
+        None, "Learning rate of the text encoder's adapter. Default: learning_rate."
+    )
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = _help("constant", "Shape of the learning rate over the steps.")
+    lr_warmup_steps: Whole = _help(0, "Steps over which the learning rate rises from 0.")
+    lr_num_cycles: Count = _help(1, "Hard restarts of cosine_with_restarts.")
+    lr_power: Positive = _help(1.0, "Power of the polynomial schedule.")
+    optimizer: str = _help(
+        "AdamW",
+        "Optimizer class: a name in torch.optim or an import path such as "
+        "bitsandbytes.optim.AdamW8bit.",
+    )
+    optimizer_args: list[str] = _help(
+        [], "More optimizer arguments as name=value, for example amsgrad=True."
+    )
+    adam_beta1: Decay = _help(0.9, "First Adam decay, 0 to below 1.")
+    adam_beta2: Decay = _help(0.999, "Second Adam decay, 0 to below 1.")
+    adam_weight_decay: NotNegative = _help(
+        0.01, "Weight decay of the factors; scalars have none."
+    )
+    adam_epsilon: Positive = _help(
+        1e-8, "Adam's epsilon; squared sparsification has small gradients and wants about 1e-15."
+    )
+    max_grad_norm: NotNegative = _help(1.0, "Gradient norm above which is clipped; 0 = never.")
+    snr_gamma: Positive | None = _help(
+        None, "Min-SNR weight (arXiv:2303.09556), about 5. Default: every timestep weighs the same."
+    )
+    timestep_sampling: Literal["uniform", "stratified"] = _help(
+        "stratified", "Training timesteps: stratified spreads each batch over the whole range."
+    )
+    ema_decay: Decay | None = _help(
+        None, "Keep and save an exponential average of the adapter with this decay, 0 to below 1."
+    )
+
+
+@dataclass(**_FROZEN)
+class Feedback:
+    """Held-out loss, sample pictures and logs."""
+
+    validation_data_dir: str | None = _help(
+        None, "Folder with photos of the subject that are not trained on, for the held-out loss."
+    )
+    num_validation_photos: Whole = _help(
+        0, "Photos taken out of instance_data_dir for the held-out loss (the last by name)."
+    )
+    validation_steps: Count | None = _help(
+        None, "Steps between held-out losses; at least 1. Default: at the start and the end."
+    )
+    validation_timesteps: Count = _help(
+        8, "Fixed timesteps per photo at which the held-out loss is measured."
+    )
+    validation_prompt: str | None = _help(None, "One prompt to sample during training.")
+    sample_prompts: list[str] = _help([], "More prompts to sample during training.")
+    num_validation_images: Count = _help(1, "Pictures per prompt; at least 1.")
+    sample_steps: Count | None = _help(
+        None, "Steps between sample sheets; at least 1. Default: at the start and the end."
+    )
+    num_inference_steps: Count = _help(25, "Denoising steps of a sample picture; at least 1.")
+    guidance_scale: NotNegative = _help(
+        7.5, "Classifier-free guidance of sample pictures and class images; 1 = none."
+    )
+    report_to: Literal["none", "tensorboard", "wandb"] = _help(
+        "none", "Tracker beside the local log.jsonl, which is always written."
+    )
+
+
+@dataclass(**_FROZEN)
+class Run:
+    """Where results go, checkpoints, resuming, reproducibility."""
+
+    output_dir: str = _help("runs/dreambooth", "Run folder: adapter, log, pictures, checkpoints.")
+    seed: Whole = _help(0, "Seed of everything random; the same seed gives the same adapter.")
+    checkpointing_steps: Count | None = _help(
+        None, "Steps between checkpoints; at least 1. Default: at the end only."
+    )
+    checkpoints_total_limit: Count | None = _help(
+        1, "Checkpoints to keep, at least 1; older ones are removed after a new one is written."
+    )
+    resume_from_checkpoint: str | None = _help(
+        None,
+        "latest: the newest valid checkpoint of output_dir, an error if there is none. auto: the "
+        "same, or a new run. Or a checkpoint folder.",
+    )
+    overwrite: bool = _help(False, "Replace the results of an earlier run in output_dir.")
+    dry_run: bool = _help(
+        False, "Load all, check all photos, do one step, print sizes and memory; write nothing."
+    )
+
+
+GROUPS = (BaseModel, Data, Method, Optimization, Feedback, Run)
+
+
+@dataclass(**_FROZEN)
+class TrainConfig(Run, Feedback, Optimization, Method, Data, BaseModel):
+    """All settings of one run as one flat, frozen, validated record."""
+
+    @field_validator("optimizer_args", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        return [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else value
+
+    @field_validator("optimizer_args")
+    @classmethod
+    def _named(cls, value: list[str]) -> list[str]:
+        for pair in value:
+            if not pair.partition("=")[0].isidentifier() or "=" not in pair:
+                raise ValueError(f"expected name=value, got '{pair}'")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainConfig":
+        if self.instance_data_dir is None:
+            raise ValueError("instance_data_dir is missing: give the folder with the photos")
+        if self.instance_prompt is None:
+            raise ValueError("instance_prompt is missing, for example 'a photo of a sks dog'")
+        if self.with_prior_preservation and self.class_prompt is None:
+            raise ValueError("with_prior_preservation needs class_prompt, the prompt without token")
+        if self.cache_latents and not self.center_crop:
+            raise ValueError("random crops (center_crop off) need cache_latents off")
+        if self.resolution % 8:
+            raise ValueError(f"resolution must be a multiple of 8 pixels, got {self.resolution}")
+        if self.validation_data_dir is not None and self.num_validation_photos:
+            raise ValueError("give validation_data_dir or num_validation_photos, not both")
+        return self
+
+    @property
+    def prompts(self) -> list[str]:
+        """Prompts of the sample sheet, in order."""
+        first = [] if self.validation_prompt is None else [self.validation_prompt]
+        return first + self.sample_prompts

@@ -1,0 +1,70 @@
+"""What the trainer needs to know about a model family; each family file fills in one record."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snell_diffusion.diffusion.losses import DiffusionObjective
+
+Conditions = dict[str, Tensor]
+"""Everything text-like that the denoiser takes, each with the batch as first axis."""
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """Pictures to draw: one per row of `conditions`.
+
+    Attributes:
+        conditions: Encoded prompts, B rows.
+        unconditional: The encoded empty prompt, one row.
+        generators: One per picture.
+        size: Side in pixels.
+        steps: Denoising steps.
+        guidance: Classifier-free guidance scale; 1 or less = off.
+    """
+
+    conditions: Conditions
+    unconditional: Conditions
+    generators: Sequence[torch.Generator]
+    size: int
+    steps: int
+    guidance: float
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of text-to-image model, as data and small functions.
+
+    Attributes:
+        name: Short name, the file's name.
+        pipelines: Pipeline class names (`_class_name` of model_index.json) that it covers.
+        denoiser: Name of the pipeline's component that is adapted.
+        text_encoders: Names of the text encoders that can be adapted.
+        targets: Suffixes of the denoiser's Linear layers to adapt by default.
+        text_targets: The same for the text encoders.
+        load: (path or id, **from_pretrained arguments) -> pipeline, on the CPU.
+        encode_text: (pipeline, prompts) -> Conditions; differentiable.
+        encode_images: (pipeline, pixels [B, 3, H, W] in [-1, 1]) -> mean and standard deviation
+            of the latents, each [B, C, h, w], scaled as the denoiser expects.
+        decode_latents: (pipeline, latents) -> pixels in [0, 1], float32 on the CPU.
+        objective: (pipeline, device) -> what the denoiser predicts.
+        denoise: (denoiser, x_t, timesteps, Conditions) -> prediction, shaped as x_t.
+        sample: (pipeline, SampleRequest) -> latents.
+    """
+
+    name: str
+    pipelines: tuple[str, ...]
+    denoiser: str
+    text_encoders: tuple[str, ...]
+    targets: tuple[str, ...]
+    text_targets: tuple[str, ...]
+    load: Callable[..., Any]
+    encode_text: Callable[[Any, Sequence[str]], Conditions]
+    encode_images: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+    decode_latents: Callable[[Any, Tensor], Tensor]
+    objective: Callable[[Any, torch.device], DiffusionObjective]
+    denoise: Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor]
+    sample: Callable[[Any, SampleRequest], Tensor]

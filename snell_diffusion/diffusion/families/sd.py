@@ -1,0 +1,97 @@
+"""Stable Diffusion 1.x and 2.x: a cross-attention UNet, one CLIP text encoder, epsilon or v."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snell_diffusion.diffusion.families.base import Conditions, Family, SampleRequest
+from snell_diffusion.diffusion.losses import DiffusionObjective
+
+
+def load(source: str, **options: Any) -> Any:
+    from diffusers import DDPMScheduler, StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(
+        source,
+        safety_checker=None,
+        requires_safety_checker=False,
+        use_safetensors=True,
+        **options,
+    )
+    if not hasattr(pipe.scheduler, "alphas_cumprod"):
+        pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def encode_text(pipe: Any, prompts: Sequence[str]) -> Conditions:
+    """Prompts -> {"text": [B, L, D]}, the last hidden state as the pipeline uses it."""
+    tokens = pipe.tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=pipe.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    encoder = pipe.text_encoder
+    masked = getattr(encoder.config, "use_attention_mask", False)
+    mask = tokens.attention_mask.to(encoder.device) if masked else None
+    return {"text": encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]}
+
+
+def encode_images(pipe: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    scale = pipe.vae.config.scaling_factor
+    posterior = pipe.vae.encode(pixels.to(pipe.vae.device, pipe.vae.dtype)).latent_dist
+    return posterior.mean.float() * scale, posterior.std.float() * scale
+
+
+def decode_latents(pipe: Any, latents: Tensor) -> Tensor:
+    latents = latents.to(pipe.vae.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
+    pixels = pipe.vae.decode(latents).sample
+    return (pixels.float().cpu() / 2 + 0.5).clamp(0, 1)
+
+
+def objective(pipe: Any, device: torch.device) -> DiffusionObjective:
+    return DiffusionObjective.of(pipe.scheduler, device)
+
+
+def denoise(model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+    dtype = model.dtype
+    return model(  # type: ignore[no-any-return]
+        noisy.to(dtype), timesteps, conditions["text"].to(dtype), return_dict=False
+    )[0]
+
+
+def sample(pipe: Any, request: SampleRequest) -> Tensor:
+    guided = request.guidance > 1
+    text = request.conditions["text"]
+    nothing = request.unconditional["text"].expand(len(text), -1, -1)
+    return pipe(  # type: ignore[no-any-return]
+        prompt_embeds=text,
+        negative_prompt_embeds=nothing if guided else None,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance if guided else 1.0,
+        generator=list(request.generators),
+        height=request.size,
+        width=request.size,
+        output_type="latent",
+    ).images
+
+
+FAMILY = Family(
+    name="sd",
+    pipelines=("StableDiffusionPipeline",),
+    denoiser="unet",
+    text_encoders=("text_encoder",),
+    targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
+    text_targets=("q_proj", "k_proj", "v_proj", "out_proj"),
+    load=load,
+    encode_text=encode_text,
+    encode_images=encode_images,
+    decode_latents=decode_latents,
+    objective=objective,
+    denoise=denoise,
+    sample=sample,
+)

@@ -1,0 +1,146 @@
+"""What a user sees of a run while it goes on: held-out loss, drift, sample sheets, allocation."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from snell_diffusion.diffusion.config import TrainConfig
+from snell_diffusion.diffusion.sampling import Sampler
+from snell_diffusion.diffusion.validation import HeldOut
+from snell_diffusion.training.adapter_tensors import evaluating
+from snell_diffusion.training.files import write_with
+from snell_diffusion.training.loop import TrainState
+from snell_diffusion.training.plots import (
+    allocation_picture,
+    loss_curve,
+    sheet,
+    stack_sheets,
+)
+from snell_diffusion.training.tracking import Tracker, read_log
+
+_CELL = 128
+_RECORDS = 20
+
+
+class RunFeedback:
+    """Measures and draws at the steps that the config asks for; changes nothing that trains.
+
+    Args:
+        config: The run.
+        folder: Run folder.
+        state: Models and their EMA, which is what is measured and drawn where it is on.
+        tracker: Takes the numbers.
+        held_out: Photos for the held-out loss, or None.
+        sampler: Draws pictures.
+        autocast: Makes the precision context of the run.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        state: TrainState,
+        tracker: Tracker,
+        held_out: HeldOut | None,
+        sampler: Sampler,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self._config, self._folder, self._state = config, folder, state
+        self._tracker, self._held_out, self._sampler = tracker, held_out, sampler
+        self._autocast = autocast
+        self._base_loss: float | None = None
+        self._kept_share: float | None = None
+        self.validation_loss: float | None = None
+        self._refresh_kept_share()
+
+    @property
+    def base_loss(self) -> float | None:
+        """Held-out loss of the base model, None without held-out photos."""
+        if self._base_loss is None and self._held_out is not None:
+            with self._autocast():
+                self._base_loss = self._held_out.base_loss()
+        return self._base_loss
+
+    @property
+    def kept_share(self) -> float | None:
+        """Share of the update's entries that the layers' levels keep; None without levels."""
+        return self._kept_share
+
+    def after(self, step: int) -> None:
+        """Do what is due after optimizer step `step`; 0 is the start."""
+        last = step == self._config.max_train_steps
+        self._refresh_kept_share()
+        if self._due(step, max(1, self._config.max_train_steps // _RECORDS)) or last:
+            self._record_allocation(step)
+        if self._due(step, self._config.validation_steps) or last:
+            self._validate(step)
+        if self._due(step, self._config.sample_steps) or last:
+            self._draw(step)
+
+    @staticmethod
+    def _due(step: int, every: int | None) -> bool:
+        return step == 0 or (every is not None and step % every == 0)
+
+    def _shown_weights(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._state.ema is None else self._state.ema.applied()
+
+    def _refresh_kept_share(self) -> None:
+        if self._state.competition is not None:
+            allocator = self._state.competition.allocator
+            kept, size = sum(allocator.keep().values()), sum(allocator.sizes.values())
+            self._kept_share = kept / size
+
+    def _record_allocation(self, step: int) -> None:
+        if self._state.competition is not None:
+            layers = self._state.competition.report()
+            self._tracker.event("allocation", step=step, layers=layers)
+
+    def _validate(self, step: int) -> None:
+        if self._held_out is None:
+            return
+        numbers: dict[str, float | None] = {"validation_loss_base": self.base_loss}
+        with self._shown_weights(), self._autocast():
+            self.validation_loss = numbers["validation_loss"] = self._held_out.loss()
+            if self._config.class_prompt is not None:
+                numbers["drift"] = self._held_out.drift(self._config.class_prompt)
+        self._tracker.event("validation", step=step, **numbers)
+        self._tracker.remote(numbers, step)
+
+    def _draw(self, step: int) -> None:
+        prompts, count = self._config.prompts, self._config.num_validation_images
+        if not prompts or not self._tracker.main:
+            return
+        self._tracker.status("sampling")
+        columns, indices = prompts * count, [i for i in range(count) for _ in prompts]
+        try:
+            with self._shown_weights(), evaluating(self._state.components), self._autocast():
+                pictures = self._sampler.draw(columns, "sample", indices)
+        except Exception as error:
+            # A picture is never worth the run; the reason is kept in the log.
+            self._tracker.note(f"sampling at step {step} failed and was skipped: {error}")
+            return
+        rows = [pictures[i * len(prompts) : (i + 1) * len(prompts)] for i in range(count)]
+        grid = sheet(rows, [f"step {step:06d}"] * count, prompts, self._side)
+        path = self._folder / "samples" / f"step-{step:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        write_with(path, grid.save, durable=False)
+
+    @property
+    def _side(self) -> int:
+        return max(_CELL, self._config.resolution)
+
+    def draw_pictures(self) -> list[str]:
+        """Write the pictures of the finished run; return their file names."""
+        events = read_log(self._folder / "log.jsonl")
+        names = ["loss.png"]
+        loss_curve(events, self._folder / "loss.png")
+        if any(event["event"] == "allocation" for event in events):
+            allocation_picture(events, self._folder / "allocation.png")
+            names.append("allocation.png")
+        sheets = sorted((self._folder / "samples").glob("step-*.png"))
+        if sheets:
+            timeline = stack_sheets(sheets, self._config.prompts, self._side)
+            write_with(self._folder / "samples.png", timeline.save, durable=False)
+            names.append("samples.png")
+        return names

@@ -1,0 +1,73 @@
+"""Sample pictures from the modules that are being trained; there is no second pipeline."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from snell_diffusion.diffusion.families import Conditions, Family, SampleRequest
+from snell_diffusion.training.randomness import generator
+
+
+def to_pictures(pixels: Tensor) -> list[Image.Image]:
+    """Pixels [B, 3, H, W] in [0, 1] -> RGB pictures."""
+    bytes_bhwc = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array) for array in bytes_bhwc]
+
+
+class Sampler:
+    """Draws pictures; picture `i` of a prompt has the same start noise at every call.
+
+    Args:
+        family, pipe: The model, with its adapters.
+        size: Side in pixels.
+        steps: Denoising steps.
+        guidance: Classifier-free guidance scale.
+        seed: Seed of the start noise.
+        batch: Pictures per call of the pipeline.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        pipe: Any,
+        *,
+        size: int,
+        steps: int,
+        guidance: float,
+        seed: int,
+        batch: int = 4,
+    ) -> None:
+        self._family, self._pipe = family, pipe
+        self._size, self._steps, self._guidance = size, steps, guidance
+        self._seed, self._batch = seed, batch
+
+    @torch.no_grad()
+    def draw(
+        self, prompts: Sequence[str], purpose: str, indices: Sequence[int]
+    ) -> list[Image.Image]:
+        """One picture per prompt; its start noise is a function of (seed, purpose, index)."""
+        pictures: list[Image.Image] = []
+        for start in range(0, len(prompts), self._batch):
+            some = slice(start, start + self._batch)
+            pictures += self._call(prompts[some], purpose, indices[some])
+        return pictures
+
+    def _call(
+        self, prompts: Sequence[str], purpose: str, indices: Sequence[int]
+    ) -> list[Image.Image]:
+        # One encoder call: the rows of the prompts, then the empty prompt's.
+        encoded = self._family.encode_text(self._pipe, [*prompts, ""])
+        conditions: Conditions = {name: rows[:-1] for name, rows in encoded.items()}
+        request = SampleRequest(
+            conditions=conditions,
+            unconditional={name: rows[-1:] for name, rows in encoded.items()},
+            generators=[generator(self._seed, purpose, index) for index in indices],
+            size=self._size,
+            steps=self._steps,
+            guidance=self._guidance,
+        )
+        latents = self._family.sample(self._pipe, request)
+        return to_pictures(self._family.decode_latents(self._pipe, latents))

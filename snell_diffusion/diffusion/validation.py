@@ -1,0 +1,90 @@
+"""The loss on held-out photos at fixed timesteps and noise, and the drift from the base model."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from snell_diffusion.diffusion.batches import TextTable
+from snell_diffusion.diffusion.families import Conditions, Family
+from snell_diffusion.diffusion.losses import DiffusionObjective, squared_error
+from snell_diffusion.training.adapter_tensors import Components, adapters_off, evaluating
+from snell_diffusion.training.randomness import normal
+
+_SEED = 20_240_401
+_BATCH = 16
+
+
+def fixed_timesteps(count: int, num_timesteps: int) -> list[int]:
+    """The middles of `count` equal parts of the schedule, for example 62, 187, ... of 1000."""
+    return [int((i + 0.5) * num_timesteps / count) for i in range(count)]
+
+
+class HeldOut:
+    """Measures predictions on fixed noisy latents; the same numbers for the same weights.
+
+    Noise and timesteps do not depend on the run's seed, so different runs can be compared.
+
+    Args:
+        family: The base's family.
+        objective: What the denoiser predicts.
+        components: Adapted models, denoiser first.
+        text: Encoded prompts; must know every prompt given here.
+        latents: Mean latents of the photos, [N, C, h, w].
+        prompts: One prompt per photo.
+        timesteps: How many fixed timesteps per photo, at least 1.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        objective: DiffusionObjective,
+        components: Components,
+        text: TextTable,
+        latents: Tensor,
+        prompts: Sequence[str],
+        timesteps: int,
+    ) -> None:
+        self._family, self._objective = family, objective
+        self._components, self._text = components, text
+        fixed = fixed_timesteps(timesteps, objective.num_timesteps)
+        pairs = [(i, k) for i in range(len(latents)) for k in range(len(fixed))]
+        shape = tuple(latents.shape[1:])
+        noise = torch.stack([normal(shape, _SEED, "held-out", i, k) for i, k in pairs])
+        self._latents = torch.stack([latents[i] for i, _ in pairs])
+        self._noise = noise.to(latents.device)
+        self._timesteps = torch.tensor([fixed[k] for _, k in pairs], device=latents.device)
+        self._prompts = [prompts[i] for i, _ in pairs]
+
+    @property
+    def _denoiser(self) -> nn.Module:
+        return next(iter(self._components.values()))
+
+    def _predictions(self, prompts: Sequence[str]) -> Tensor:
+        noisy = self._objective.add_noise(self._latents, self._noise, self._timesteps)
+        with evaluating(self._components):
+            conditions = self._text(prompts)
+            parts = []
+            for rows in torch.arange(len(noisy)).split(_BATCH):
+                some: Conditions = {k: v[rows] for k, v in conditions.items()}
+                t = self._timesteps[rows]
+                parts.append(self._family.denoise(self._denoiser, noisy[rows], t, some).float())
+        return torch.cat(parts)
+
+    def loss(self) -> float:
+        """Mean squared error over photos and timesteps, unweighted."""
+        target = self._objective.target(self._latents, self._noise, self._timesteps)
+        return float(squared_error(self._predictions(self._prompts), target).mean())
+
+    def base_loss(self) -> float:
+        """The same loss of the base model, adapters off."""
+        with adapters_off(self._components):
+            return self.loss()
+
+    def drift(self, prompt: str) -> float:
+        """Change of the prediction for `prompt`, against the base: |adapted - base|^2 / |base|^2."""
+        prompts = [prompt] * len(self._prompts)
+        adapted = self._predictions(prompts)
+        with adapters_off(self._components):
+            base = self._predictions(prompts)
+        return float((adapted - base).square().mean() / base.square().mean())

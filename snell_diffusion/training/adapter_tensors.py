@@ -1,0 +1,105 @@
+"""The tensors a run changes: every adapter parameter and buffer of the wrapped layers, by name."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from snell_diffusion.training.errors import CheckpointError, NonFiniteError
+
+Components = Mapping[str, nn.Module]
+
+
+def tuner_layers(components: Components) -> Iterator[tuple[str, BaseTunerLayer]]:
+    """Every wrapped layer as (component.module path, layer), in traversal order."""
+    for component, model in components.items():
+        for name, layer in model.named_modules():
+            if isinstance(layer, BaseTunerLayer):
+                yield f"{component}.{name}", layer
+
+
+def adapter_tensors(components: Components) -> dict[str, Tensor]:
+    """Live adapter tensors by name: parameters and buffers (levels, thresholds), no base weights."""
+    return {
+        f"{name}.{key}": tensor
+        for name, layer in tuner_layers(components)
+        for key, tensor in layer.state_dict(keep_vars=True).items()
+        if not key.startswith("base_layer.")
+    }
+
+
+def trainable_parameters(components: Components) -> dict[str, nn.Parameter]:
+    """Parameters with gradients on, by component and module path."""
+    return {
+        f"{component}.{name}": parameter
+        for component, model in components.items()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+@torch.no_grad()
+def copy_adapter_tensors(components: Components, values: Mapping[str, Tensor]) -> None:
+    """Set every adapter tensor in place.
+
+    Raises:
+        CheckpointError: Names or shapes differ; nothing is changed then.
+    """
+    live = adapter_tensors(components)
+    if live.keys() != values.keys():
+        odd = sorted(live.keys() ^ values.keys())
+        raise CheckpointError(
+            f"the saved adapter does not fit this model: {len(odd)} tensors differ, first {odd[0]}"
+        )
+    for name, tensor in live.items():
+        if tensor.shape != values[name].shape:
+            raise CheckpointError(
+                f"saved tensor {name} has shape {tuple(values[name].shape)}, "
+                f"this model needs {tuple(tensor.shape)}"
+            )
+    for name, tensor in live.items():
+        tensor.copy_(values[name])
+
+
+def require_finite(components: Components, when: str) -> None:
+    """Refuse NaN or infinite trainable values.
+
+    Raises:
+        NonFiniteError: Names the first such parameter and `when` it was found.
+    """
+    for name, parameter in trainable_parameters(components).items():
+        if not torch.isfinite(parameter).all():
+            raise NonFiniteError(f"{name} holds NaN or infinite values {when}; nothing was saved")
+
+
+@contextmanager
+def adapters_off(components: Components) -> Iterator[None]:
+    """Run the base model alone inside this context."""
+    layers = [layer for _, layer in tuner_layers(components)]
+    on = [layer for layer in layers if not layer.disable_adapters]
+    grads = {p: p.requires_grad for layer in on for p in layer.parameters()}
+    for layer in on:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in on:
+            layer.enable_adapters(True)
+        for parameter, grad in grads.items():
+            parameter.requires_grad_(grad)
+
+
+@contextmanager
+def evaluating(components: Components) -> Iterator[None]:
+    """Eval mode and no gradients inside this context; earlier modes come back."""
+    modes = {name: model.training for name, model in components.items()}
+    for model in components.values():
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for name, model in components.items():
+            model.train(modes[name])

@@ -1,0 +1,57 @@
+"""Exponential moving average of an adapter, with its sparsity levels.
+
+    shadow <- d shadow + (1 - d) value,   d = min(decay, (1 + step) / (10 + step))
+
+Buffers (levels, thresholds) are copied, not averaged: an averaged adapter at another level than
+the live one would be a different model.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from snell_diffusion.training.adapter_tensors import (
+    Components,
+    adapter_tensors,
+    copy_adapter_tensors,
+)
+
+
+class AdapterEma:
+    """Average of the adapter tensors of `components`.
+
+    Args:
+        components: Models with adapters.
+        decay: Weight of the past, 0 to below 1; smaller in the first steps (see above).
+    """
+
+    def __init__(self, components: Components, decay: float) -> None:
+        self.components = components
+        self.decay = decay
+        self.shadow = {k: v.detach().clone() for k, v in adapter_tensors(components).items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the live values after optimizer step `step`, 1 or more."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, value in adapter_tensors(self.components).items():
+            if isinstance(value, nn.Parameter) and value.is_floating_point():
+                self.shadow[name].lerp_(value, 1 - decay)
+            else:
+                self.shadow[name].copy_(value)
+
+    def load(self, shadow: Mapping[str, Tensor]) -> None:
+        """Restore the average from a checkpoint's tensors."""
+        self.shadow = {k: shadow[k].to(v.device).clone() for k, v in self.shadow.items()}
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the average into the models inside this context; the live values come back."""
+        live = {k: v.detach().clone() for k, v in adapter_tensors(self.components).items()}
+        copy_adapter_tensors(self.components, self.shadow)
+        try:
+            yield
+        finally:
+            copy_adapter_tensors(self.components, live)

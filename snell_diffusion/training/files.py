@@ -1,0 +1,58 @@
+"""Writes that a crash cannot leave half done: temp file, fsync, rename."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def process_alive(pid: int) -> bool:
+    """Whether a process with this id exists on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk, so that a rename inside it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_with(path: Path, write: Callable[[Path], object], *, durable: bool = True) -> None:
+    """Let `write` fill a temporary sibling of `path`, then rename it into place.
+
+    Args:
+        path: Final file; its folder must exist.
+        write: Called with the temporary path (same suffix as `path`).
+        durable: Also fsync the file and its folder. False for files that are only informative.
+    """
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        write(temporary)
+        if durable:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if durable:
+        sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replace the content of `path` by `text` (UTF-8) in one step."""
+    write_with(path, lambda temporary: temporary.write_text(text, "utf-8"), durable=durable)
+
+
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Replace the content of `path` by `value` as JSON in one step."""
+    write_text(path, json.dumps(value, indent=1) + "\n", durable=durable)

@@ -1,0 +1,276 @@
+"""The training loop: one for every model family and every method.
+
+A step draws its randomness from counters, checks that loss and gradients are finite before it
+changes anything, and leaves a state from which an identical run can continue.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from snell_diffusion.training.adapter_tensors import (
+    Components,
+    adapter_tensors,
+    copy_adapter_tensors,
+    trainable_parameters,
+)
+from snell_diffusion.training.checkpoints import Checkpoint, Tensors
+from snell_diffusion.training.ema import AdapterEma
+from snell_diffusion.training.errors import NonFiniteError
+from snell_diffusion.training.optimizers import pack_optimizer, unpack_optimizer
+from snell_diffusion.training.randomness import seed_torch
+from snell_diffusion.training.signals import StopRequest
+
+LossAt = Callable[[int, int], tuple[Tensor, dict[str, Tensor]]]
+"""(step, micro-batch) -> loss to minimise and detached parts to log."""
+
+_MOST_SKIPPED = 20
+
+
+class Competes(Protocol):
+    """Layers that compete for a budget of kept entries (see tuners.competition)."""
+
+    def observe(self) -> None:
+        """Take in parameters and gradients after an optimizer step."""
+
+    def update(self, step: int) -> bool:
+        """Set the levels of a step, counted from 0; whether they changed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Statistics as plain numbers and tensors."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """Length and gradients of a run.
+
+    Attributes:
+        seed: Seed of the run.
+        steps: Optimizer steps in all.
+        accumulation: Micro-batches per optimizer step.
+        max_grad_norm: Norm above which gradients are scaled down; 0 = never.
+    """
+
+    seed: int
+    steps: int
+    accumulation: int = 1
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class TrainState:
+    """Everything that a step changes."""
+
+    components: Components
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    competition: Competes | None = None
+    ema: AdapterEma | None = None
+    scaler: torch.amp.GradScaler = field(
+        default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False)
+    )
+    step: int = 0
+    skipped: int = 0
+    parameters: list[torch.nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = list(trainable_parameters(self.components).values())
+
+    def pack(self) -> tuple[Tensors, dict[str, Any]]:
+        """Tensors and plain values of a checkpoint."""
+        optimizer_tensors, optimizer = pack_optimizer(self.optimizer)
+        tensors: Tensors = {
+            "adapter": adapter_tensors(self.components),
+            "optimizer": optimizer_tensors,
+        }
+        state: dict[str, Any] = {
+            "step": self.step,
+            "optimizer": optimizer,
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        if self.ema is not None:
+            tensors["ema"] = self.ema.shadow
+        if self.competition is not None:
+            tensors["competition"], state["competition"] = split_tensors(
+                self.competition.state_dict()
+            )
+        return tensors, state
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint of the same run."""
+        tensors, state = checkpoint.tensors, checkpoint.state
+        copy_adapter_tensors(self.components, tensors["adapter"])
+        unpack_optimizer(self.optimizer, tensors["optimizer"], state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load(tensors["ema"])
+        if self.competition is not None:
+            self.competition.load_state_dict(
+                join_tensors(tensors["competition"], state["competition"])
+            )
+        self.step = checkpoint.step
+
+
+def split_tensors(value: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
+    """Take the tensors out of nested dicts and lists, leaving {"$tensor": path} in their place."""
+    if isinstance(value, Tensor):
+        return {path: value}, {"$tensor": path}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    if not isinstance(value, (dict, list, tuple)):
+        return {}, value
+    tensors: dict[str, Tensor] = {}
+    plain: Any = {} if isinstance(value, dict) else [None] * len(value)
+    for key, item in items:
+        found, plain[key] = split_tensors(item, f"{path}/{key}")
+        tensors.update(found)
+    return tensors, plain
+
+
+def join_tensors(tensors: dict[str, Tensor], plain: Any) -> Any:
+    """Undo `split_tensors`."""
+    if isinstance(plain, dict):
+        if "$tensor" in plain:
+            return tensors[plain["$tensor"]]
+        return {key: join_tensors(tensors, item) for key, item in plain.items()}
+    return [join_tensors(tensors, item) for item in plain] if isinstance(plain, list) else plain
+
+
+def train(
+    state: TrainState,
+    loss_at: LossAt,
+    settings: LoopSettings,
+    accelerator: Accelerator,
+    on_step: Callable[[dict[str, float]], None],
+    stop: StopRequest,
+) -> bool:
+    """Run the steps after `state.step`.
+
+    Args:
+        state: Where the run stands; changed in place.
+        loss_at: The objective.
+        settings: Length and gradients.
+        accelerator: Device, precision and processes.
+        on_step: Called after every step with its numbers (loss, lr, grad_norm, ...).
+        stop: Ends the run after the current step.
+
+    Returns:
+        True if the run ended early, by a stop request on any process.
+
+    Raises:
+        NonFiniteError: Loss or gradient is NaN or infinite; the state is that of the step before.
+    """
+    while state.step < settings.steps:
+        numbers, stopping = _one_step(state, loss_at, settings, accelerator, stop)
+        on_step(numbers)
+        if stopping and state.step < settings.steps:
+            return True
+    return False
+
+
+def _one_step(
+    state: TrainState,
+    loss_at: LossAt,
+    settings: LoopSettings,
+    accelerator: Accelerator,
+    stop: StopRequest,
+) -> tuple[dict[str, float], bool]:
+    step = state.step + 1
+    if state.competition is not None:
+        state.competition.update(state.step)
+    totals = _backward(state, loss_at, settings, accelerator, step)
+    state.scaler.unscale_(state.optimizer)
+    _average_gradients(state.parameters, accelerator)
+    limit = settings.max_grad_norm or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(state.parameters, limit)
+    numbers, stopping = _read_numbers(totals, norm, stop, accelerator)
+    _require_finite_step(state, numbers, step)
+    numbers["lr"] = float(state.optimizer.param_groups[0]["lr"])
+    _apply(state, step)
+    state.step = step
+    return numbers, stopping
+
+
+def _backward(
+    state: TrainState,
+    loss_at: LossAt,
+    settings: LoopSettings,
+    accelerator: Accelerator,
+    step: int,
+) -> dict[str, Tensor]:
+    """Accumulate the gradients of all micro-batches; return the mean of what they log."""
+    totals: dict[str, Tensor] = {}
+    for micro in range(settings.accumulation):
+        # Dropout inside a model draws from the global generator, which must not depend on the past.
+        seed_torch(settings.seed, "model", step, micro, accelerator.process_index)
+        with accelerator.autocast():
+            loss, parts = loss_at(step, micro)
+        loss = loss / settings.accumulation
+        state.scaler.scale(loss).backward()
+        for name, value in {"loss": loss.detach(), **parts}.items():
+            share = value if name == "loss" else value / settings.accumulation
+            totals[name] = totals[name] + share if name in totals else share
+    return totals
+
+
+def _average_gradients(parameters: list[torch.nn.Parameter], accelerator: Accelerator) -> None:
+    """Mean of the gradients over all processes, in one exchange (adapters are small)."""
+    if accelerator.num_processes == 1:
+        return
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = accelerator.reduce(torch.cat([g.flatten() for g in grads]), reduction="mean")
+    for parameter, part in zip(parameters, flat.split([g.numel() for g in grads]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+def _read_numbers(
+    totals: dict[str, Tensor], norm: Tensor, stop: StopRequest, accelerator: Accelerator
+) -> tuple[dict[str, float], bool]:
+    """Bring the step's numbers to the CPU at once (one synchronisation), averaged over processes."""
+    asked = torch.full_like(norm, float(stop.signum is not None))
+    packed = torch.stack([*(v.to(norm) for v in totals.values()), norm, asked])
+    if accelerator.num_processes > 1:
+        packed = accelerator.reduce(packed, reduction="mean")
+    *values, asked_value = packed.tolist()
+    return dict(zip([*totals, "grad_norm"], values, strict=True)), asked_value > 0
+
+
+def _require_finite_step(state: TrainState, numbers: dict[str, float], step: int) -> None:
+    rate = state.optimizer.param_groups[0]["lr"]
+    if not math.isfinite(numbers["loss"]):
+        raise NonFiniteError(
+            f"the loss is {numbers['loss']} at step {step}, learning rate {rate:.1e}; the step was "
+            f"not taken. Lower learning_rate, or use mixed_precision no or bf16"
+        )
+    if math.isfinite(numbers["grad_norm"]):
+        state.skipped = 0
+        return
+    # A GradScaler finds its scale by overflowing now and then; without one this is an error.
+    state.skipped += 1
+    if not state.scaler.is_enabled() or state.skipped > _MOST_SKIPPED:
+        raise NonFiniteError(
+            f"the gradient norm is {numbers['grad_norm']} at step {step} (loss "
+            f"{numbers['loss']:.4g}, learning rate {rate:.1e}); the step was not taken. Lower "
+            f"learning_rate, or use mixed_precision no or bf16"
+        )
+
+
+def _apply(state: TrainState, step: int) -> None:
+    """Update the adapter, the scores of its layers, the average and the learning rate."""
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    if state.competition is not None:
+        state.competition.observe()
+    if state.ema is not None:
+        state.ema.update(step)
+    state.scheduler.step()
+    state.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,117 @@
+"""Any torch-style optimizer by name or import path, and its state without pickle."""
+
+import ast
+import importlib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snell_diffusion.errors import SnellaConfigError
+from snell_diffusion.training.errors import CheckpointError
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """Find an optimizer: `AdamW` means torch.optim.AdamW, otherwise an import path.
+
+    Raises:
+        SnellaConfigError: No such class, or it is not an optimizer.
+    """
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module or "torch.optim"), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SnellaConfigError(
+            f"optimizer '{name}' was not found ({error}); give a class of torch.optim such as "
+            f"AdamW, or an import path such as bitsandbytes.optim.AdamW8bit"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise SnellaConfigError(f"optimizer '{name}' is not a torch.optim.Optimizer class")
+    return found
+
+
+def make_optimizer(
+    name: str,
+    groups: Sequence[dict[str, Any]],
+    defaults: Mapping[str, Any],
+    arguments: Iterable[str] = (),
+) -> torch.optim.Optimizer:
+    """Build an optimizer over parameter groups.
+
+    Args:
+        name: See `optimizer_class`.
+        groups: Parameter groups with their own lr and weight_decay.
+        defaults: Arguments passed on where the class takes them (betas, eps, ...).
+        arguments: `name=value` strings, values as Python literals; they win and must be known.
+
+    Raises:
+        SnellaConfigError: Unknown optimizer, or arguments it refuses.
+    """
+    cls = optimizer_class(name)
+    known = inspect.signature(cls).parameters
+    options = {key: value for key, value in defaults.items() if key in known}
+    for pair in arguments:
+        key, _, text = pair.partition("=")
+        options[key] = _literal(text)
+    try:
+        return cls(list(groups), **options)  # type: ignore[call-arg]
+    except (TypeError, ValueError) as error:
+        raise SnellaConfigError(f"optimizer '{name}' refused its arguments: {error}") from error
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split an optimizer's state into named tensors and plain JSON values.
+
+    Raises:
+        CheckpointError: Its state holds something that is neither (it cannot be saved exactly).
+    """
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{key}"] = value
+            elif value is None or isinstance(value, (bool, int, float, str)):
+                plain.setdefault(str(index), {})[key] = value
+            else:
+                raise CheckpointError(
+                    f"optimizer {type(optimizer).__name__} keeps a {type(value).__name__} in "
+                    f"'{key}', which a checkpoint cannot hold; set checkpointing_steps off or "
+                    f"choose another optimizer"
+                )
+    return tensors, {"state": plain, "groups": state["param_groups"]}
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]
+) -> None:
+    """Restore what `pack_optimizer` returned into an optimizer over the same parameters."""
+    state: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in plain["state"].items()}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
+    live = optimizer.state_dict()["param_groups"]
+    if len(live) != len(plain["groups"]):
+        raise CheckpointError(
+            f"the checkpoint has {len(plain['groups'])} parameter groups, this run {len(live)}"
+        )
+    groups = [
+        {key: _like(value, now.get(key)) for key, value in saved.items()}
+        for saved, now in zip(plain["groups"], live, strict=True)
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _like(value: Any, live: Any) -> Any:
+    """JSON turns tuples into lists; give back the type that the optimizer had."""
+    return tuple(value) if isinstance(live, tuple) else value

@@ -1,0 +1,169 @@
+"""Pictures of a run: loss curve, where the budget went, labelled sheets of samples."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from snell_diffusion.training.files import write_with
+
+Event = dict[str, Any]
+_DPI = 110
+_LABEL = 12
+_MARGIN = 6
+
+
+def _save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure)
+    write_with(path, lambda file: figure.savefig(file, dpi=_DPI), durable=False)
+
+
+def _smooth(values: Sequence[float], window: int) -> np.ndarray:
+    """Trailing mean over `window` values; shorter at the start."""
+    total = np.cumsum(np.insert(np.asarray(values, float), 0, 0.0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - window)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def loss_curve(events: Sequence[Event], path: Path) -> None:
+    """Training loss, its trailing mean, and the held-out loss over the steps of one run.
+
+    Args:
+        events: Events of the run's log; `step` and `validation` are used. At least one `step`.
+        path: PNG to write.
+    """
+    steps = [e for e in events if e["event"] == "step"]
+    held_out = [e for e in events if e["event"] == "validation"]
+    x, y = [e["step"] for e in steps], [e["loss"] for e in steps]
+    window = max(1, len(y) // 20)
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(x, y, color="0.8", linewidth=0.8, label="training loss, each step")
+    axes.plot(x, _smooth(y, window), color="tab:blue", label=f"mean of the last {window} steps")
+    if held_out:
+        hx, hy = [e["step"] for e in held_out], [e["validation_loss"] for e in held_out]
+        axes.plot(hx, hy, "o-", color="tab:orange", label="held-out photos, fixed timesteps")
+        axes.axhline(
+            held_out[0]["validation_loss_base"],
+            color="tab:orange",
+            linestyle=":",
+            label="held-out photos, base model",
+        )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (mean squared error)")
+    axes.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def allocation_picture(events: Sequence[Event], path: Path) -> None:
+    """Kept share of every layer through the network: over the steps, and at the end.
+
+    Args:
+        events: Events of the run's log; `allocation` is used, at least one.
+        path: PNG to write.
+    """
+    records = [e for e in events if e["event"] == "allocation"]
+    last = records[-1]["layers"]
+    names = [row["name"] for row in last]
+    share = np.array([[r["kept"] / r["size"] for r in e["layers"]] for e in records])
+    figure = Figure(figsize=(max(7, 0.14 * len(names) + 2), 6), layout="constrained")
+    over_time, at_end = figure.subplots(2, 1, sharex=True, height_ratios=[2, 3])
+    picture = over_time.imshow(
+        share, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest"
+    )
+    ticks = np.unique(np.linspace(0, len(records) - 1, min(6, len(records))).round().astype(int))
+    over_time.set_yticks(ticks, [str(records[i]["step"]) for i in ticks])
+    over_time.set_ylabel("optimizer step")
+    figure.colorbar(picture, ax=over_time, label="kept share")
+    blocks = [name.split(".")[0] for name in names]
+    order = list(dict.fromkeys(blocks))
+    for index, block in enumerate(order):
+        places = [i for i, b in enumerate(blocks) if b == block]
+        at_end.bar(places, share[-1, places], color=f"C{index}", label=block)
+    kept, size = sum(r["kept"] for r in last), sum(r["size"] for r in last)
+    at_end.axhline(kept / size, color="0.4", linestyle=":", label=f"all layers {kept / size:.0%}")
+    at_end.set_ylim(0, 1.02)
+    at_end.set_ylabel(f"kept share at step {records[-1]['step']}")
+    at_end.set_xticks(range(len(names)), [_short(n) for n in names], rotation=90, fontsize=5)
+    at_end.legend(frameon=False, fontsize=8, ncols=3)
+    _save(figure, path)
+
+
+def _short(name: str) -> str:
+    words = {"attentions": "a", "transformer_blocks": "t", "down_blocks": "d", "up_blocks": "u"}
+    return ".".join(words.get(part, part) for part in name.split("."))
+
+
+def sheet(
+    rows: Sequence[Sequence[Image.Image]],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    side: int,
+) -> Image.Image:
+    """Lay pictures out in a labelled grid.
+
+    Args:
+        rows: Pictures; every row has the same number, all pictures the same size.
+        row_labels: Text left of each row; may be empty strings.
+        column_labels: Text above each column, wrapped to its width.
+        side: Side of a cell in pixels.
+    """
+    font = ImageFont.load_default(_LABEL)
+    wrapped = [_wrap(text, side, font) for text in column_labels]
+    top = _header(wrapped)
+    left = max(int(font.getlength(text)) for text in row_labels) + 2 * _MARGIN
+    width = left + len(column_labels) * (side + _MARGIN)
+    canvas = Image.new("RGB", (width, top + len(rows) * (side + _MARGIN)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, lines in enumerate(wrapped):
+        place = (left + column * (side + _MARGIN), _MARGIN)
+        draw.multiline_text(place, "\n".join(lines), fill="black", font=font, spacing=3)
+    for r, (label, pictures) in enumerate(zip(row_labels, rows, strict=True)):
+        y = top + r * (side + _MARGIN)
+        draw.text((_MARGIN, y + side // 2 - _LABEL // 2), label, fill="black", font=font)
+        for c, picture in enumerate(pictures):
+            cell = picture.resize((side, side), Image.Resampling.BICUBIC)
+            canvas.paste(cell, (left + c * (side + _MARGIN), y))
+    return canvas
+
+
+def _header(wrapped: Sequence[Sequence[str]]) -> int:
+    return max(len(lines) for lines in wrapped) * (_LABEL + 3) + 2 * _MARGIN
+
+
+def stack_sheets(
+    paths: Sequence[Path], column_labels: Sequence[str], side: int
+) -> Image.Image:
+    """Put saved sheets of the same columns below each other, the column labels once.
+
+    Args:
+        paths: PNG files of `sheet`, at least one.
+        column_labels: Their column labels.
+        side: Side of their cells in pixels.
+    """
+    sheets = [Image.open(path).convert("RGB") for path in paths]
+    font = ImageFont.load_default(_LABEL)
+    top = _header([_wrap(text, side, font) for text in column_labels])
+    parts = [sheets[0], *(s.crop((0, top, s.width, s.height)) for s in sheets[1:])]
+    canvas = Image.new("RGB", (max(p.width for p in parts), sum(p.height for p in parts)), "white")
+    y = 0
+    for part in parts:
+        canvas.paste(part, (0, y))
+        y += part.height
+    return canvas
+
+
+def _wrap(text: str, width: int, font: Any) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        candidate = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(candidate) > width:
+            lines.append(word)
+        else:
+            lines[-1] = candidate
+    return lines
