@@ -1,0 +1,264 @@
+"""The config and the model every method shares; the layer is in layer.py."""
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from torch import nn
+
+from snell_diffusion.errors import SnellaConfigError, shown
+from snell_diffusion.tuners.layer import DeltaLayer
+from snell_diffusion.tuners.registry import MethodName
+from snell_diffusion.tuners.traverse import delta_layers
+
+__all__ = ["DEFAULT_TARGETS", "DeltaConfig", "DeltaLayer", "DeltaModel"]
+
+DEFAULT_TARGETS = (
+    # diffusers attention: UNets, SD 3, FLUX and most others
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    # transformers: CLIP, T5-like encoders, ViT since transformers 5
+    *("q_proj", "k_proj", "v_proj", "out_proj", "o_proj", "fc1", "fc2"),
+    # transformers: ViT before 5
+    *("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+    *("attention.output.dense", "intermediate.dense", "output.dense"),
+)
+"""Name endings adapted when `target_modules` is not set: those of them that the model has."""
+
+MERGE_ERROR_WARNED = 0.05
+
+
+@dataclass
+class DeltaConfig(PeftConfig):
+    """Settings every method of this package has.
+
+    Raises:
+        SnellaConfigError: (a ValueError) A value is out of range; names the field and the range.
+    """
+
+    method: ClassVar[str]
+
+    r: int = field(
+        default=32, metadata={"help": "rank: numbers per input and per output feature, 1 or more"}
+    )
+    scale: float = field(
+        default=1.0, metadata={"help": "constant factor on the update, finite and not 0"}
+    )
+    dropout: float = field(
+        default=0.0,
+        metadata={"help": "share of the update's inputs dropped in training, 0 up to but not 1"},
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Linear layers to adapt: a list of names or name endings, one regular "
+            "expression for whole paths, 'all-linear', or nothing for the attention projections "
+            "(and, in transformers models, the MLP) that the model has"
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "layers left out again, in the same form as target_modules"},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "modules trained in full and saved with the adapter, by name ending"},
+    )
+    seed: int | None = field(
+        default=None,
+        metadata={
+            "help": "makes a fresh adapter a function of this number and the layers' paths; "
+            "without it torch's global random state is used"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = MethodName(self.method)
+        check_int("r", self.r, at_least=1)
+        check_number("scale", self.scale, "finite and not 0", lambda scale: scale != 0)
+        check_number("dropout", self.dropout, "0 or more and below 1", lambda p: 0 <= p < 1)
+        if self.seed is not None:
+            check_int("seed", self.seed, at_least=0)
+        self.target_modules = checked_names("target_modules", self.target_modules)
+        self.exclude_modules = checked_names("exclude_modules", self.exclude_modules)
+        if isinstance(self.modules_to_save, str):
+            raise SnellaConfigError(
+                f"modules_to_save must be a list of module names, got {self.modules_to_save!r}"
+            )
+
+    def check_layer(self, path: str, in_features: int, out_features: int) -> None:
+        """Raise SnellaConfigError if these settings cannot adapt a layer of this size."""
+
+
+class DeltaModel(BaseTuner):
+    """Puts a method's layers into a model; all of PEFT's verbs work on the result.
+
+    A method sets `prefix` and `tuner_layer_cls`.
+    """
+
+    tuner_layer_cls: type[DeltaLayer]
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        # Targets are chosen from the model's modules in _prepare_model, not from its type's name:
+        # diffusers models have none.
+        return peft_config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = default_targets(model)
+        elif peft_config.target_modules == "all-linear":
+            wrapped = {path for path, _ in _tuner_layers(model)}
+            _maybe_include_all_linear_layers(peft_config, model)
+            peft_config.target_modules = sorted({*peft_config.target_modules, *wrapped})
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, peft_config, current_key)
+            return
+        layer = self.tuner_layer_cls(target, adapter_name, peft_config, current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        if isinstance(config.target_modules, set):
+            config.target_modules = sorted(config.target_modules)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        key = super()._remove_adapter_name_from_key(key, adapter_name)
+        # A layer that another tuner wraps lies under its base_layer; files know nothing of that.
+        module, dot, tensor = key.rpartition(f".{cls.prefix}")
+        return f"{module.removesuffix('.base_layer')}{dot}{tensor}" if dot else key
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Merge all layers, or none if one of them cannot be; warns if 16 bits lose the update."""
+        untouched = [layer for _, layer in delta_layers(self.model) if not layer.merged]
+        try:
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        except ValueError:
+            for layer in untouched:
+                if layer.merged:
+                    layer.unmerge()
+            raise
+        warn_about_merge_error(self.model)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+
+
+def default_targets(model: nn.Module) -> list[str]:
+    """Those of `DEFAULT_TARGETS` that end the path of a Linear of the model.
+
+    Raises:
+        SnellaConfigError: The model has none of them.
+    """
+    names = [
+        *(name for name, module in model.named_modules() if isinstance(module, nn.Linear)),
+        *(name for name, _ in _tuner_layers(model)),
+    ]
+    found = [
+        target
+        for target in DEFAULT_TARGETS
+        if any(f".{name}".endswith(f".{target}") for name in names)
+    ]
+    if not found:
+        raise SnellaConfigError(
+            f"target_modules is not set and {type(model).__name__} has no Linear layer by a usual "
+            f"name ({', '.join(DEFAULT_TARGETS[:8])}, ...); set target_modules to names of its "
+            f"layers, for example {shown(names, 4) or 'none: it has no Linear layer at all'}"
+        )
+    return found
+
+
+def warn_about_merge_error(model: nn.Module) -> None:
+    """Warn once if rounding to the base's dtype lost more than 5 % of some layer's update."""
+    errors = {
+        path: max(layer.merge_error.values())
+        for path, layer in delta_layers(model)
+        if layer.merge_error
+    }
+    lossy = {path: error for path, error in errors.items() if error > MERGE_ERROR_WARNED}
+    if lossy:
+        worst = max(lossy, key=lambda path: lossy[path])
+        warnings.warn(
+            f"merging lost part of the update in {len(lossy)} of {len(errors)} layers: rounding to "
+            f"the base weights' dtype is off by {lossy[worst]:.0%} of the update in {worst}; keep "
+            "the adapter unmerged or load the base model in float32",
+            stacklevel=3,
+        )
+
+
+def check_int(name: str, value: object, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise SnellaConfigError(f"{name} must be a whole number, {at_least} or more, got {value!r}")
+
+
+def check_number(
+    name: str, value: object, expected: str, valid: Callable[[float], bool] = lambda _: True
+) -> None:
+    number = float(value) if type(value) in (int, float) else math.nan  # type: ignore[arg-type]
+    if not math.isfinite(number) or not valid(number):
+        raise SnellaConfigError(f"{name} must be a number, {expected}, got {value!r}")
+
+
+def check_choice(name: str, value: object, known: Collection[str]) -> None:
+    if value not in known:
+        raise SnellaConfigError(f"{name} {value!r} is unknown; known: {', '.join(known)}")
+
+
+def check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise SnellaConfigError(f"{name} must be true or false, got {value!r}")
+
+
+def checked_names(name: str, value: Any) -> list[str] | str | None:
+    """A regular expression as it is, other collections of names sorted without duplicates."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise SnellaConfigError(
+                f"{name} {value!r} is not a regular expression ({error}); "
+                "for names give a list of them"
+            ) from None
+        return value
+    names = list(value)
+    if not names or not all(isinstance(item, str) and item for item in names):
+        raise SnellaConfigError(f"{name} must be a list of module names, got {value!r}")
+    return sorted(set(names))
+
+
+def _tuner_layers(model: nn.Module) -> list[tuple[str, BaseTunerLayer]]:
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and not name.endswith(".base_layer")
+    ]

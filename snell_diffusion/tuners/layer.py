@@ -1,0 +1,510 @@
+"""The layer every method shares: a Linear with additive updates, y = x (W0 + Σ s_a ΔW_a)ᵀ + b.
+
+Shape legend: I in features, O out features; weights and updates are (O, I), inputs [..., I].
+
+A method gives parameters and one pure function of them (`delta_params`, `delta_fn`). Wrapping,
+forward, merge, unmerge, scale, dropout, several adapters and disabling follow from those two here.
+"""
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.hooks import AlignDevicesHook  # type: ignore[import-untyped]
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from snell_diffusion.core import merged_linear
+
+if TYPE_CHECKING:
+    from snell_diffusion.tuners.base import DeltaConfig
+
+__all__ = ["DeltaLayer"]
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
+
+DeltaFn = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `unmerge` needs: the weight before, a hash of the weight after, the scales merged."""
+
+    original: Tensor
+    written: Tensor
+    scales: dict[str, float]
+
+
+@dataclass(frozen=True)
+class CachedDelta:
+    """The summed update of the active adapters, valid while nothing it came from has changed."""
+
+    delta: Tensor
+    sources: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    scales: tuple[tuple[str, float], ...]
+
+    def fits(self, sources: Sequence[Tensor], scales: tuple[tuple[str, float], ...]) -> bool:
+        return (
+            self.scales == scales
+            and len(self.sources) == len(sources)
+            and all(old is new for old, new in zip(self.sources, sources, strict=True))
+            and self.versions == tuple(tensor._version for tensor in sources)
+        )
+
+
+class DeltaLayer(nn.Module, BaseTunerLayer):
+    """A Linear that adds the updates of its active adapters.
+
+    A float32 or float64 base takes part in one product with W0 + ΔW. A 16-bit base, autocast to 16
+    bits, a quantized base, a base with hooks and a base that another tuner has wrapped are called
+    as they are, and the update is a second product: rounding W0 + ΔW to 16 bits would drop every
+    entry of ΔW below half a unit of W0's last place, which early in training is nearly all of
+    them. Set `fold_16bit` on a layer or on the class to trade that for speed.
+
+    With gradients off and in eval mode the summed ΔW is kept until a parameter, level, scale or the
+    active set changes (4 bytes per weight; `cache_in_eval = False` turns it off). Writing through
+    `parameter.data` goes unnoticed by torch's version counters: call `clear_cache()` after it.
+
+    Attributes:
+        r: Rank by adapter.
+        scaling: Factor on each adapter's update now: `config.scale` times the weight given to
+            `set_scale` times the call-time factors of `scale_layer`. Change it by those methods.
+        configs: Config by adapter.
+        merge_error: By merged adapter, how far the weight written is from the exact sum, relative
+            to the update: |W - W0 - ΔW| / |ΔW| in Frobenius norms; 0 is exact, 1 is all lost.
+
+    Raises:
+        TypeError: The layer to wrap is not an `nn.Linear`.
+    """
+
+    other_param_names: tuple[str, ...] = ("r", "scaling", "configs", "weights", "merge_error")
+    fold_16bit = False
+    cache_in_eval = True
+
+    if TYPE_CHECKING:  # from peft's mixin, which has no types; torch's __getattr__ would hide them
+        active_adapters: list[str]
+        get_base_layer: Callable[[], nn.Linear]
+        set_adapter: Callable[..., None]
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: "DeltaConfig", key: str
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        linear = self.get_base_layer()
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(
+                f"{type(self).__name__} wraps nn.Linear, but target module {key!r} is "
+                f"{type(linear).__name__}: leave it out of target_modules"
+            )
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.configs: dict[str, DeltaConfig] = {}
+        self.weights: dict[str, float] = {}
+        self.merge_error: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
+        self._call_factors: list[float] = []
+        self._zeroed: set[str] = set()
+        self._merged: Merged | None = None
+        self._cached: CachedDelta | None = None
+        self._active_adapter = adapter_name
+        self.add_containers()
+        self.update_layer(adapter_name, config, key)
+
+    # What a method provides
+
+    @abstractmethod
+    def add_containers(self) -> None:
+        """Create the empty per-adapter containers named in `adapter_layer_names`."""
+
+    @abstractmethod
+    def create_tensors(
+        self, adapter: str, config: "DeltaConfig", generator: torch.Generator | None
+    ) -> None:
+        """Fill the containers for a new adapter, in float32 on the CPU."""
+
+    @abstractmethod
+    def delta_params(self, adapter: str) -> tuple[Tensor, ...]:
+        """The tensors `delta_fn` takes; gradients flow to these."""
+
+    @abstractmethod
+    def delta_fn(self, adapter: str) -> DeltaFn:
+        """A pure function from `delta_params` to the update (O, I), without `scaling`."""
+
+    def delta_state(self, adapter: str) -> tuple[Tensor, ...]:
+        """Tensors other than the parameters that the update depends on."""
+        return ()
+
+    def on_training_forward(self, adapter: str) -> None:
+        """Called before an update that will be differentiated."""
+
+    # Adapters
+
+    def update_layer(self, adapter_name: str, config: "DeltaConfig", key: str) -> None:
+        """Add an adapter.
+
+        Args:
+            adapter_name: Not yet in this layer, without dots.
+            config: Its settings; `config.seed` makes the start a function of seed and `key`.
+            key: The module's path in its model.
+
+        Raises:
+            ValueError: The name cannot be used.
+        """
+        self._check_name(adapter_name)
+        config.check_layer(key, self.in_features, self.out_features)
+        self.r[adapter_name] = config.r
+        self.configs[adapter_name] = config
+        self.weights[adapter_name] = 1.0
+        self._refresh_scaling()
+        self.create_tensors(adapter_name, config, layer_generator(config.seed, key))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _check_name(self, name: str) -> None:
+        if name in self.configs:
+            raise ValueError(f"adapter {name!r} already exists in this layer; delete it first")
+        if not name or "." in name or hasattr(nn.ParameterDict, name):
+            raise ValueError(
+                f"adapter name {name!r} cannot be used: it must not be empty, contain a dot or be "
+                "the name of a torch attribute; use letters, digits, '_' and '-'"
+            )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before deleting it")
+        super().delete_adapter(adapter_name)
+        self.clear_cache()
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """Move an adapter next to its base weight; unlike PEFT's own, keep it in full precision."""
+        device = device or self.get_base_layer().weight.device
+        if device.type == "meta":
+            return
+        for _, container in self.containers():
+            tensor = dict(container.items()).get(adapter_name)
+            if tensor is None or tensor.device.type == "meta":
+                continue
+            dtype = torch.float32 if tensor.dtype in HALVES else tensor.dtype
+            container[adapter_name] = tensor.to(device=device, dtype=dtype)
+
+    def containers(self) -> Iterator[tuple[str, Any]]:
+        """The per-adapter dictionaries of parameters and buffers by attribute name."""
+        return (item for item in self.named_children() if item[0] != "base_layer")
+
+    # Scale
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's weight; its update is multiplied by `config.scale * scale`.
+
+        Adapters this layer does not have are ignored: PEFT and diffusers call every layer.
+        """
+        if adapter not in self.weights:
+            return
+        if adapter in self._zeroed:
+            # diffusers ends a call at scale 0 by set_scale(adapter, 1.0): end it, keep the weight.
+            self._zeroed.discard(adapter)
+            self._call_factors = [factor for factor in self._call_factors if factor != 0]
+        else:
+            self.weights[adapter] = float(scale)
+        self._refresh_scaling()
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of this layer for the time of a call, until `unscale_layer`."""
+        if scale == 1:
+            return
+        self._call_factors.append(float(scale))
+        if scale == 0:
+            self._zeroed = set(self._applicable())
+        self._refresh_scaling()
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer(scale)` exactly; None undoes all of them."""
+        if scale is None:
+            self._call_factors.clear()
+        elif scale in self._call_factors:
+            self._call_factors.remove(scale)
+        if 0 not in self._call_factors:
+            self._zeroed.clear()
+        self._refresh_scaling()
+
+    def _refresh_scaling(self) -> None:
+        factor = 1.0
+        for call_factor in self._call_factors:
+            factor *= call_factor
+        for adapter, weight in self.weights.items():
+            self.scaling[adapter] = self.configs[adapter].scale * weight * factor
+
+    # The update
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The update of one adapter as it is applied, scale included: (O, I), float32 or float64.
+
+        Differentiable in the adapter's parameters.
+        """
+        fn, params = self._combined((adapter,))
+        return fn(*params)
+
+    def _applicable(self) -> tuple[str, ...]:
+        return tuple(name for name in self.active_adapters if name in self.configs)
+
+    def _combined(
+        self, adapters: Sequence[str], scales: dict[str, float] | None = None
+    ) -> tuple[DeltaFn, tuple[Tensor, ...]]:
+        """One pure function of all adapters' parameters: their scaled updates, summed."""
+        scales = scales or self.scaling
+        parts = [
+            (self.delta_fn(name), len(self.delta_params(name)), scales[name]) for name in adapters
+        ]
+
+        def fn(*tensors: Tensor) -> Tensor:
+            total, start = None, 0
+            for part, count, scale in parts:
+                delta = part(*tensors[start : start + count])
+                delta = delta if scale == 1.0 else delta * scale
+                total = delta if total is None else total + delta
+                start += count
+            assert total is not None
+            return total
+
+        return fn, tuple(tensor for name in adapters for tensor in self.delta_params(name))
+
+    def clear_cache(self) -> None:
+        """Forget the cached update; needed only after writing through `parameter.data`."""
+        self._cached = None
+
+    def train(self, mode: bool = True) -> "DeltaLayer":
+        self.clear_cache()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}
+
+    def _cached_delta(self, adapters: tuple[str, ...]) -> Tensor:
+        sources = [t for a in adapters for t in (*self.delta_params(a), *self.delta_state(a))]
+        scales = tuple((name, self.scaling[name]) for name in adapters)
+        # Tensors made in inference mode count no versions, so a change could not be seen.
+        keep = self.cache_in_eval and not any(tensor.is_inference() for tensor in sources)
+        if keep and self._cached is not None and self._cached.fits(sources, scales):
+            return self._cached.delta
+        fn, params = self._combined(adapters)
+        delta = fn(*params)
+        if keep:
+            versions = tuple(tensor._version for tensor in sources)
+            self._cached = CachedDelta(delta, tuple(sources), versions, scales)
+        return delta
+
+    # Forward
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., I] -> [..., O]."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        adapters = tuple(name for name in self._applicable() if self.scaling[name] != 0)
+        if self.disable_adapters or self.merged or not adapters:
+            return self.base_layer(x, *args, **kwargs)
+        with self._onloaded():
+            if self.training and any(self.configs[name].dropout > 0 for name in adapters):
+                return self._forward_dropout(x, adapters, *args, **kwargs)
+            if args or kwargs or not self._folds(x):
+                return self.base_layer(x, *args, **kwargs) + self._product(x, adapters)
+            linear = self.get_base_layer()
+            return self._product(x, adapters, linear.weight, linear.bias)
+
+    def _forward_dropout(
+        self, x: Tensor, adapters: tuple[str, ...], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        for name in adapters:
+            y = y + self._product(F.dropout(x, self.configs[name].dropout), (name,))
+        return y
+
+    def _product(
+        self,
+        x: Tensor,
+        adapters: tuple[str, ...],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """x (W + ΔW)ᵀ + b in one product; without a weight, x ΔWᵀ."""
+        if weight is None:
+            # A view of one zero: the update alone through the same code, without another matrix.
+            weight = x.new_zeros(()).expand(self.out_features, self.in_features)
+        if torch.is_grad_enabled():
+            for name in adapters if self.training else ():
+                self.on_training_forward(name)
+            fn, params = self._combined(adapters)
+            return merged_linear(x, weight, bias, fn, params)
+        if self.training or torch.compiler.is_compiling():
+            fn, params = self._combined(adapters)
+            delta = fn(*params)
+        else:
+            delta = self._cached_delta(adapters)
+        return F.linear(x, fold(weight, delta), bias)
+
+    def _folds(self, x: Tensor) -> bool:
+        linear = self.base_layer
+        if not is_plain_linear(linear):
+            return False
+        halves = linear.weight.dtype in HALVES or (
+            torch.is_autocast_enabled(x.device.type)
+            and torch.get_autocast_dtype(x.device.type) in HALVES
+        )
+        return self.fold_16bit or not halves
+
+    @contextmanager
+    def _onloaded(self) -> Iterator[None]:
+        """Bring parameters back that accelerate's offloading keeps elsewhere between calls.
+
+        Its hooks sit on module calls, and nothing calls a parameter dictionary.
+        """
+        hooked = [
+            (hook, child)
+            for _, child in self.containers()
+            if isinstance(hook := getattr(child, "_hf_hook", None), AlignDevicesHook)
+            and hook.offload
+        ]
+        for hook, child in hooked:
+            hook.pre_forward(child)
+        try:
+            yield
+        finally:
+            for hook, child in hooked:
+                hook.post_forward(child, None)
+
+    # Merge
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write W0 + Σ s_a ΔW_a into the base weight, summed in float32, keeping a copy of W0.
+
+        Args:
+            safe_merge: Refuse, before anything is written, if the result is not finite.
+            adapter_names: Which adapters; None takes the active ones. Those not here are left out.
+
+        Raises:
+            ValueError: The result is not finite (`safe_merge`), or the base weight is quantized.
+        """
+        asked = check_adapters_to_merge(self, adapter_names)
+        adapters = [name for name in asked if name in self.configs]
+        if not adapters:
+            return
+        weight = self._writable_weight(adapters)
+        with torch.no_grad(), self._onloaded():
+            fn, params = self._combined(adapters)
+            delta = fn(*params)
+            merged = fold(weight, delta)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(
+                    f"merging adapter(s) {', '.join(adapters)} would write NaN or infinite values "
+                    "into the base weight, nothing was changed; the adapter's own values are "
+                    "broken: load an earlier one"
+                )
+            error = realised_error(weight, merged, delta)
+            original = weight.detach().to("cpu", copy=True)
+            weight.copy_(merged)
+        before = self._merged
+        self._merged = Merged(
+            original=before.original if before else original,
+            written=torch.hash_tensor(weight.detach()),
+            scales={
+                **(before.scales if before else {}),
+                **{name: self.scaling[name] for name in adapters},
+            },
+        )
+        self.merge_error.update(dict.fromkeys(adapters, error))
+        self.merged_adapters.extend(adapters)
+
+    def unmerge(self) -> None:
+        """Restore the base weight bit for bit, and every adapter's own scale.
+
+        Only if someone else has changed the weight since `merge` (another tuner merged into it too)
+        is the update subtracted instead, which is exact to rounding.
+        """
+        if self._merged is None:
+            warnings.warn("nothing is merged into this layer, nothing to unmerge", stacklevel=2)
+            return
+        weight, merged = self.get_base_layer().weight, self._merged
+        with torch.no_grad():
+            cast = weight.dtype != merged.original.dtype
+            if cast or torch.equal(torch.hash_tensor(weight.detach()), merged.written):
+                weight.copy_(merged.original)
+            else:
+                fn, params = self._combined(self.merged_adapters, merged.scales)
+                weight.copy_(fold(weight, -fn(*params)))
+        self._merged = None
+        self.merged_adapters.clear()
+        self.merge_error.clear()
+        # diffusers fuses at a strength by scale_layer and never takes it back.
+        self.unscale_layer()
+
+    def _writable_weight(self, adapters: list[str]) -> Tensor:
+        linear = self.get_base_layer()
+        if not has_plain_weight(linear):
+            raise ValueError(
+                f"cannot merge adapter(s) {', '.join(adapters)} into {type(linear).__name__} with "
+                f"weights of type {type(linear.weight).__name__} and dtype {linear.weight.dtype}: "
+                "use the adapter unmerged, or load the base model unquantized"
+            )
+        return linear.weight
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f"{type(self).__module__.rpartition('.')[2]}.{super().__repr__()}"
+
+
+def fold(weight: Tensor, delta: Tensor) -> Tensor:
+    """W + ΔW, summed in float32 or better and rounded once to the weight's dtype."""
+    wide = torch.promote_types(weight.dtype, delta.dtype)
+    return (weight.to(wide) + delta).to(weight.dtype)
+
+
+def realised_error(weight: Tensor, merged: Tensor, delta: Tensor) -> float:
+    """|merged - weight - ΔW| / |ΔW| in Frobenius norms, 0.0 where ΔW is zero."""
+    wide = torch.promote_types(weight.dtype, delta.dtype)
+    norm = torch.linalg.vector_norm(delta)
+    off = torch.linalg.vector_norm(merged.to(wide) - weight.to(wide) - delta)
+    return float(off / norm) if norm > 0 else 0.0
+
+
+def layer_generator(seed: int | None, key: str) -> torch.Generator | None:
+    """A CPU generator that depends on seed and module path alone; None is torch's global one.
+
+    Hashing the path makes a layer's start independent of which other layers are adapted.
+    """
+    if seed is None:
+        return None
+    digest = sha256(f"{seed}:{key}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def has_plain_weight(linear: nn.Linear) -> bool:
+    """Whether the weight is a matrix of floats as it stands: not quantized, packed or sharded."""
+    weight = linear.weight
+    return type(weight) in (nn.Parameter, Tensor) and weight.dtype in FLOATS and weight.ndim == 2
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether calling the layer is exactly `F.linear` on its weight: no wrapper, hook or patch."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return bool(
+        isinstance(layer, nn.Linear)
+        and type(layer).forward is nn.Linear.forward
+        and "forward" not in vars(layer)
+        and not any(getattr(layer, name) for name in hooks)
+        and has_plain_weight(layer)
+    )
