@@ -103,9 +103,7 @@ class Allocator:
             ValueError: metric "w_mag" without delta, or a shape that changed.
         """
         if name not in self.sizes:
-            raise KeyError(
-                f"layer {name!r} is unknown to this allocator of {len(self.sizes)} layers"
-            )
+            raise KeyError(f"layer {name!r} is unknown; known: {', '.join(self.sizes)}")
         if self.metric == "w_mag":
             self._observe_magnitude(name, delta)
             return
@@ -150,7 +148,7 @@ class Allocator:
         return math.trunc(k1 + (k0 - k1) * m**3)
 
     def scores(self) -> dict[str, float]:
-        """Each layer's share of the importance at the latest re-allocation; NaN before the first."""
+        """Each layer's share of importance at the latest re-allocation; NaN before the first."""
         return dict(self._scores)
 
     def keep(self) -> dict[str, int]:
@@ -184,7 +182,7 @@ class Allocator:
             differing = sorted(n for n in sizes | self.sizes if sizes.get(n) != self.sizes.get(n))
             raise ValueError(
                 f"the saved allocator has metric {state.get('metric')!r} and {len(sizes)} layers, "
-                f"this one {self.metric!r} and {len(self.sizes)}; layers that differ: {differing[:5]}"
+                f"this one {self.metric!r} and {len(self.sizes)}; they differ in {differing[:5]}"
             )
         self._smoothed = {k: v for k, v in state.items() if isinstance(v, Tensor)}
         self._keep = {n: int(state[f"keep.{n}"]) for n in self.sizes}
@@ -271,9 +269,9 @@ def apportion(
 ) -> dict[str, int]:
     """Divide `total` entries among layers in proportion to their weights, none above its size.
 
-    What a full layer cannot take goes to the layers with room, in proportion to their weights again,
-    or evenly if these are all zero. Whole numbers by largest remainder, ties by name; exact rational
-    arithmetic, so the result adds up to `total` and does not depend on the order of the layers.
+    What a full layer cannot take goes to the layers with room, again in proportion to their
+    weights, or evenly if these are all zero. Whole numbers by largest remainder, ties by name; the
+    arithmetic is rational, so the result adds up to `total` and is the same in any layer order.
 
     Args:
         total: Entries to divide, at least 0; more than all sizes together fills every layer.
@@ -301,7 +299,7 @@ def apportion(
 def _fill(
     share: dict[str, Fraction], rest: int, sizes: Mapping[str, int], weight: dict[str, Fraction]
 ) -> int:
-    """Fill `share` in proportion to positive weights up to the sizes; returns what found no room."""
+    """Fill `share` in proportion to positive weights; returns what found no room."""
     open_weight = sum(weight.values(), Fraction(0))
     by_fullness = sorted(weight, key=lambda name: (sizes[name] / weight[name], name))
     for position, name in enumerate(by_fullness):

@@ -25,10 +25,10 @@ def merged_linear(
     """y = x (W0 + Delta)^T + b in one product, with Delta recomputed in the backward pass.
 
     W0 + Delta is summed in the wider of both dtypes and rounded once to that of W0. Saved for the
-    backward pass: x, and by reference W0 and the params. Gradients reach x and the params, and weight
-    and bias where they require them; the gradient of Delta is summed over the tokens in at least
-    float32. Autocast lowers the product, never Delta. Under torch.compile the same formula runs
-    without the recompute: the compiler decides itself what to keep.
+    backward pass: x, and by reference W0 and the params. Gradients reach x and the params, and
+    weight and bias where they require them; the gradient of Delta is summed over the tokens in at
+    least float32. Autocast lowers the product, never Delta. Under torch.compile the same formula
+    runs without the recompute: the compiler decides itself what to keep.
 
     Args:
         x: Input, [..., I], any strides.
@@ -97,7 +97,7 @@ class _MergedLinear(torch.autograd.Function):
 
 
 def _weight_gradient(gy: Tensor, x: Tensor) -> Tensor:
-    """gy^T x summed over all tokens, [O, I], in at least float32: sums of float16 products overflow."""
+    """gy^T x over all tokens, [O, I], in at least float32: sums of float16 products overflow."""
     gy, x = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1])
     if gy.is_cuda and gy.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(gy.T, x.to(gy.dtype), out_dtype=torch.float32)

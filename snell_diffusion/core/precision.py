@@ -1,7 +1,7 @@
 """Run the papers' formulas in full precision, whatever surrounds them.
 
-The factors are small (1e-2 at the start) and the update is smaller (1e-6), so 16-bit arithmetic loses
-it. Every formula of this package therefore runs in float32, or in float64 when its input is float64.
+The factors are small (1e-2 at the start) and the update is smaller (1e-6), so 16-bit arithmetic
+loses it. Every formula of this package runs in float32, or in float64 when its input is float64.
 """
 
 from typing import TypeVar
@@ -9,13 +9,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-N = TypeVar("N", Tensor, float, None)
+N = TypeVar("N", bound=Tensor | float)
 
 
 def full(value: N) -> N:
-    """Cast a tensor to float32 unless it is float32 or float64 already; numbers and None pass."""
+    """Cast a tensor to float32 unless it is float32 or float64 already; numbers pass."""
     if isinstance(value, Tensor) and value.dtype not in (torch.float32, torch.float64):
-        return value.float()
+        return value.float()  # type: ignore[return-value]
     return value
 
 

@@ -87,18 +87,18 @@ def sparsify(
 
     With a = |w| and m = 1 where a > t, else 0 (t: see `threshold`):
 
-        rule          result                 gradient to w
-        squared       w a m                  a m            public code: the factor a m is a constant
+        rule          result                 gradient       source
+        squared       w a m                  a m            public code, factor a m constant
         squared_true  w a m                  2 a m          its true derivative
-        printed       w max(a - t, 0)        max(a - t, 0)  SNELL eq. 5, the factor a constant
+        printed       w max(a - t, 0)        max(a - t, 0)  SNELL eq. 5, factor constant
         printed_true  w max(a - t, 0)        (2a - t) m     its true derivative, t constant
         mask          w m                    m
         soft          sign(w) max(a - t, 0)  m              classical soft threshold
-        none          w                      1              KLoRA and MixK; the level must be 0
+        none          w                      1              KLoRA and MixK; level 0 only
 
-    A matrix that is zero everywhere (identity start) passes the gradient of `mask` and `soft` to all
-    entries, else it could never leave zero; `squared` and `printed` are flat there by their formula.
-    NaN stays NaN, it is not dropped.
+    A matrix that is zero everywhere (identity start) passes the gradient of `mask` and `soft` to
+    all entries, else it could never leave zero; `squared` and `printed` are flat there by their
+    formula. NaN stays NaN, it is not dropped.
 
     Args:
         w: Dense update, any shape.

@@ -1,4 +1,4 @@
-"""The whole update of one layer, from its factors to the sparse matrix. SNELLA (arXiv:2510.24037)."""
+"""The whole update of one layer, from factors to sparse matrix. SNELLA (arXiv:2510.24037)."""
 
 from collections.abc import Callable
 
@@ -47,7 +47,7 @@ def update(
             the initial w the update starts at exactly zero.
 
     Returns:
-        delta, [I, O] float32 (float64 for float64 factors). The weight of a Linear is its transpose.
+        delta, [I, O] float32 (float64 for float64 factors); a Linear takes the transpose.
 
     Raises:
         ValueError: unknown kernel or rule, scalars missing or not wanted, shapes that do not fit.

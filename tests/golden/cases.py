@@ -1,4 +1,4 @@
-"""Read the golden cases: their configuration, tolerance and tensors. README.md says what they are."""
+"""Read the golden cases (README.md): configuration, tolerance and tensors."""
 
 import json
 from dataclasses import dataclass
