@@ -31,7 +31,7 @@ $(READY):
 setup: $(READY)
 
 demo: $(READY)
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python -m scripts.demo
 
 test: $(READY)
 	$(PYTEST)

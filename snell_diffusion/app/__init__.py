@@ -11,6 +11,7 @@ from typing import Any
 from snell_diffusion.app.actions import Actions
 from snell_diffusion.app.jobs import SCRIPT, Jobs
 from snell_diffusion.app.studio import Studio
+from snell_diffusion.versions import require
 
 RECIPE = SCRIPT.parent / "configs" / "dreambooth" / "demo.yaml"
 LIMITS = {
@@ -32,7 +33,7 @@ def make_page(root: Path, base: str | Path, recipe: Path = RECIPE, script: Path 
     """The page over runs in `root`, drawing with the diffusers folder `base`; not launched yet.
 
     Raises:
-        ImportError: gradio is not installed.
+        ImportError: gradio is not installed, or too old.
     """
     try:
         from snell_diffusion.app.layout import build
@@ -40,6 +41,7 @@ def make_page(root: Path, base: str | Path, recipe: Path = RECIPE, script: Path 
         if error.name != "gradio":
             raise
         raise ImportError("the app needs gradio: pip install 'snell-diffusion[app]'") from error
+    require("gradio")
     page = build(Actions(Jobs(root, script), Studio(base), recipe))
     page.queue(max_size=8, default_concurrency_limit=1)
     return page

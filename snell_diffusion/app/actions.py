@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from snell_diffusion.app.jobs import Jobs, JobStatus
+from snell_diffusion.app.jobs import ENDED, Jobs, JobStatus
 from snell_diffusion.app.photos import store_photos
 from snell_diffusion.app.studio import Studio
 from snell_diffusion.diffusion.config_files import make_config, read_config
@@ -108,7 +108,7 @@ class Actions:
         return Progress(
             sentence=sentence(status),
             share=status.step / status.total if status.total else 0.0,
-            running=status.state in ("starting", "running"),
+            running=status.state not in ENDED,
             losses=smooth(self.jobs.losses(job)),
             samples=_open(sheets[-1]) if sheets else None,
         )
@@ -145,14 +145,14 @@ class Actions:
 def sentence(status: JobStatus) -> str:
     """A run's status in words."""
     steps = f"step {status.step} of {status.total}"
-    if status.state == "starting":
-        return "Loading the model and checking the photos."
-    if status.state == "running":
-        left = "" if status.eta_s is None else f", {duration(status.eta_s)} left"
-        return f"Training: {steps}{left}."
     if status.state == "failed":
         return f"The run failed at {steps}. {status.message}"
-    return f"{status.state.capitalize()} at {steps}."
+    if status.state in ENDED:
+        return f"The run is {status.state} at {steps}."
+    if status.step == 0:
+        return f"Getting ready: {status.state}."
+    left = "" if status.eta_s is None else f", {duration(status.eta_s)} left"
+    return f"{status.state.capitalize()}: {steps}{left}."
 
 
 def duration(seconds: float) -> str:

@@ -40,7 +40,7 @@ class JobStatus:
     """Where a run is.
 
     Attributes:
-        state: starting, running, finished, stopped or failed.
+        state: finished, stopped or failed; anything else, as the trainer calls it, is going on.
         step: Optimizer steps done.
         total: Optimizer steps wanted; 0 while unknown.
         eta_s: Seconds left, None while unknown.
@@ -153,7 +153,7 @@ class Jobs:
         if not alive and state not in ENDED:
             state, message = "failed", f"the process ended early. {log_tail(folder / 'train.log')}"
         elif alive and state in ENDED:
-            state = "running"  # pictures and the model card are written after the last step
+            state = "finishing"  # the process is about to end
         return JobStatus(
             state, written.get("step", 0), written.get("total", 0), written.get("eta_s"), message
         )
@@ -162,7 +162,7 @@ class Jobs:
         """(step, training loss) of every logged step."""
         path = self.folder(job) / "run" / "log.jsonl"
         events = read_log(path)
-        return [(e["step"], e["loss"]) for e in events if "loss" in e and "step" in e]
+        return [(e["step"], e["loss"]) for e in events if e["event"] == "step"]
 
     def samples(self, job: str) -> list[Path]:
         """Sample sheets drawn so far, oldest first."""
@@ -214,7 +214,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Events of a log.jsonl; a last line that is still being written is left out."""
+    """Events of a log.jsonl that may be growing: a last line without its end is left out."""
     if not path.is_file():
         return []
     lines = path.read_text("utf-8").splitlines(keepends=True)

@@ -1,0 +1,119 @@
+"""The demo behind `make demo`: photos -> SNELLA training -> one picture, on any machine.
+
+Writes below runs/demo: photos/ and holdout/ (see demo_photos.py), the run folder of the training,
+and demo.png. Run it as `python -m scripts.demo` from the root of the project.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = Path("runs") / "demo"
+CONFIG = Path("configs") / "dreambooth" / "demo.yaml"
+SUBJECT = "sks cat"
+PROMPTS = (
+    f"a photo of {SUBJECT}",
+    f"a photo of {SUBJECT} in the snow",
+    f"a photo of {SUBJECT} on the beach",
+    f"a photo of {SUBJECT} in the jungle",
+    f"a photo of {SUBJECT} at night",
+)
+COLUMNS = ("photo (a crop)", "base model", "with SNELLA")
+STEPS = 50
+GUIDANCE = 4.0
+
+
+def train() -> None:
+    """Run the training script in a process of its own; its output goes to the terminal."""
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+    command += ["train_dreambooth_snella.py", "--config", str(CONFIG)]
+    print("\n$ " + " ".join(["accelerate", *command[1:]]), flush=True)
+    threads = str(os.cpu_count() or 1)  # accelerate takes one thread where this is not set
+    environment = {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", **os.environ}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+
+
+def draw(adapter: Path, photos: Sequence[Path]) -> Path:
+    """Draw every prompt with the base and with the adapter, from the same seeds."""
+    from diffusers import StableDiffusionPipeline
+    from PIL import Image
+
+    import snell_diffusion  # noqa: F401  adds load_snella_weights to the pipeline
+    from scripts.demo_picture import Row, comparison
+    from snell_diffusion.models import embedded_path
+
+    pipe = StableDiffusionPipeline.from_pretrained(embedded_path())
+    pipe.set_progress_bar_config(disable=True)
+    base = list(pictures(pipe))
+    pipe.load_snella_weights(adapter)
+    adapted = list(pictures(pipe))
+    references = [Image.open(photos[i % len(photos)]) for i in range(len(PROMPTS))]
+    columns = zip(references, base, adapted, strict=True)
+    rows = [Row(prompt, shown) for prompt, shown in zip(PROMPTS, columns, strict=True)]
+    target = ROOT / FOLDER / "demo.png"
+    comparison(COLUMNS, rows).save(target)
+    return target
+
+
+def pictures(pipe: Any) -> Iterator[Any]:
+    """One picture per prompt; the number of the prompt is its seed."""
+    import torch
+
+    for seed, prompt in enumerate(PROMPTS):
+        generator = torch.Generator().manual_seed(seed)
+        yield pipe(
+            prompt, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generator
+        ).images[0]
+
+
+def measured(run: Path) -> tuple[float, float]:
+    """Held-out loss of the subject, base model and adapted, from the run's log.
+
+    Raises:
+        ValueError: The run measured none.
+    """
+    lines = (run / "log.jsonl").read_text("utf-8").splitlines()
+    events = [json.loads(line) for line in lines]
+    losses = [event for event in events if event["event"] == "validation"]
+    if not losses:
+        raise ValueError(f"{run / 'log.jsonl'} holds no validation: demo.yaml must name a holdout")
+    return losses[-1]["validation_loss_base"], losses[-1]["validation_loss"]
+
+
+def peak_memory_gib() -> float:
+    """Most memory that this process or any child of it used at a time, in GiB."""
+    used = [
+        resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    ]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return max(used) * unit / 2**30
+
+
+def main() -> None:
+    from scripts.demo_photos import write_photos
+    from snell_diffusion.diffusion.config_files import make_config, read_config
+
+    began = time.monotonic()
+    os.chdir(ROOT)
+    photos, holdout = write_photos(FOLDER)
+    print(f"photos to train on: {photos}, held out: {holdout}")
+    run = Path(make_config(read_config(CONFIG), where=str(CONFIG)).output_dir)
+    train()
+    picture = draw(run, sorted(photos.glob("*.png")))
+    before, after = measured(run)
+    print(f"\nadapter       {next(run.glob('*.safetensors'))}")
+    print(f"picture       {picture.relative_to(ROOT)}")
+    print(f"held-out loss {before:.4f} (base model) -> {after:.4f} (with SNELLA)")
+    print(f"time          {time.monotonic() - began:.0f} s")
+    print(f"peak memory   {peak_memory_gib():.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()
