@@ -6,7 +6,6 @@ number of processes nor a resume changes what is drawn.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,8 +13,9 @@ from torch import Tensor
 
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.data import Photo, open_photo, to_square
-from snell_diffusion.diffusion.families import Conditions, Family
+from snell_diffusion.diffusion.families import Conditions
 from snell_diffusion.diffusion.losses import stratified_timesteps, uniform_timesteps
+from snell_diffusion.diffusion.setup import Model
 from snell_diffusion.training.randomness import generator, item_at, normal
 
 _ENCODE_BATCH = 4
@@ -35,35 +35,38 @@ class Batch:
 class TextTable:
     """Encoded prompts: once, where the text encoder is frozen; anew each time, where it trains."""
 
-    def __init__(self, family: Family, pipe: Any, prompts: Sequence[str], cached: bool) -> None:
-        self._family, self._pipe = family, pipe
+    def __init__(self, model: Model, prompts: Sequence[str], cached: bool) -> None:
+        self._model = model
         self._rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         self._table: Conditions | None = None
         if cached:
             with torch.no_grad():
-                self._table = family.encode_text(pipe, list(self._rows))
+                self._table = self._encode(list(self._rows))
 
     def __call__(self, prompts: Sequence[str]) -> Conditions:
         if self._table is None:
-            return self._family.encode_text(self._pipe, prompts)
+            return self._encode(prompts)
         rows = [self._rows[prompt] for prompt in prompts]
         return {name: table[rows] for name, table in self._table.items()}
+
+    def _encode(self, prompts: Sequence[str]) -> Conditions:
+        return self._model.family.encode_text(self._model.pipe, prompts)
 
 
 class Latents:
     """The latents of some photos: cached, or encoded when asked for.
 
     Args:
-        family, pipe: The base model.
+        model: The base.
         photos: What to encode.
         config: Resolution, crop, flips, cache.
         name: Purpose of the random draws, for example "instance".
     """
 
     def __init__(
-        self, family: Family, pipe: Any, photos: Sequence[Photo], config: TrainConfig, name: str
+        self, model: Model, photos: Sequence[Photo], config: TrainConfig, name: str
     ) -> None:
-        self._family, self._pipe, self._photos = family, pipe, photos
+        self._model, self._photos = model, photos
         self._config, self._name = config, name
         self._cache: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
         if config.cache_latents:
@@ -75,9 +78,12 @@ class Latents:
         for start in range(0, len(self._photos), _ENCODE_BATCH):
             indices = range(start, min(start + _ENCODE_BATCH, len(self._photos)))
             pixels = torch.stack([self._pixels(i, (0.5, 0.5), flip) for i in indices])
-            mean, std = self._family.encode_images(self._pipe, pixels)
+            mean, std = self._encode(pixels)
             for row, index in enumerate(indices):
                 self._cache[index, flip] = mean[row], std[row]
+
+    def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return self._model.family.encode_images(self._model.pipe, pixels)
 
     def _pixels(self, index: int, crop: tuple[float, float], flip: bool) -> Tensor:
         return to_square(open_photo(self._photos[index].path), self._config.resolution, crop, flip)
@@ -92,7 +98,7 @@ class Latents:
         else:
             crop = (0.5, 0.5) if self._config.center_crop else (float(u[1]), float(u[2]))
             pixels = self._pixels(index, crop, flip)[None]
-            mean, std = (part[0] for part in self._family.encode_images(self._pipe, pixels))
+            mean, std = (part[0] for part in self._encode(pixels))
         noise = normal(tuple(mean.shape), self._config.seed, f"{self._name}-posterior", *counters)
         return mean + std * noise.to(mean.device)
 
@@ -122,11 +128,11 @@ class Batches:
         config: TrainConfig,
         concepts: Sequence[Concept],
         text: TextTable,
-        num_timesteps: int,
+        model: Model,
         accelerator: Accelerator,
     ) -> None:
         self._config, self._concepts, self._text = config, concepts, text
-        self._num_timesteps = num_timesteps
+        self._num_timesteps = model.objective.num_timesteps
         self._rank, self._world = accelerator.process_index, accelerator.num_processes
         self._device = accelerator.device
 
@@ -140,7 +146,9 @@ class Batches:
                 sample = concept.latents.draw(index, step, micro, place)
                 purpose = f"{concept.name}-noise"
                 latents.append(sample)
-                noise.append(normal(tuple(sample.shape), self._config.seed, purpose, step, micro, place))
+                noise.append(
+                    normal(tuple(sample.shape), self._config.seed, purpose, step, micro, place)
+                )
                 prompts.append(concept.photos[index].prompt)
         return Batch(
             latents=torch.stack(latents).to(self._device),

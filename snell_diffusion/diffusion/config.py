@@ -81,9 +81,12 @@ class Data:
     resolution: Annotated[int, Field(ge=8, le=4096)] = _help(
         512, "Side of the square training pictures in pixels, 8 to 4096, a multiple of 8."
     )
-    center_crop: bool = _help(True, "Crop at the centre; otherwise at random, which needs no cache.")
+    center_crop: bool = _help(
+        True, "Crop at the centre; otherwise at random, which needs no cache."
+    )
     random_flip: bool = _help(
-        False, "Mirror half of the photos. Off by default: it changes lettering and asymmetric faces."
+        False,
+        "Mirror half of the photos. Off by default: it changes lettering and asymmetric faces.",
     )
     cache_latents: bool = _help(
         True, "Encode every photo once and keep the latents in memory; the VAE then leaves the GPU."
@@ -178,9 +181,7 @@ class Optimization:
     )
     adam_beta1: Decay = _help(0.9, "First Adam decay, 0 to below 1.")
     adam_beta2: Decay = _help(0.999, "Second Adam decay, 0 to below 1.")
-    adam_weight_decay: NotNegative = _help(
-        0.01, "Weight decay of the factors; scalars have none."
-    )
+    adam_weight_decay: NotNegative = _help(0.01, "Weight decay of the factors; scalars have none.")
     adam_epsilon: Positive = _help(
         1e-8, "Adam's epsilon; squared sparsification has small gradients and wants about 1e-15."
     )

@@ -51,7 +51,7 @@ class RunFeedback:
         self._autocast = autocast
         self._base_loss: float | None = None
         self._kept_share: float | None = None
-        self.validation_loss: float | None = None
+        self._loss: float | None = None
         self._refresh_kept_share()
 
     @property
@@ -61,6 +61,13 @@ class RunFeedback:
             with self._autocast():
                 self._base_loss = self._held_out.base_loss()
         return self._base_loss
+
+    def validation_loss(self) -> float | None:
+        """Latest held-out loss of the adapted model; measured now if a resumed run has none yet."""
+        if self._loss is None and self._held_out is not None:
+            with self.shown_weights(), self._autocast():
+                self._loss = self._held_out.loss()
+        return self._loss
 
     @property
     def kept_share(self) -> float | None:
@@ -82,7 +89,8 @@ class RunFeedback:
     def _due(step: int, every: int | None) -> bool:
         return step == 0 or (every is not None and step % every == 0)
 
-    def _shown_weights(self) -> AbstractContextManager[None]:
+    def shown_weights(self) -> AbstractContextManager[None]:
+        """The adapter that is measured, drawn and saved: the average where one is kept."""
         return nullcontext() if self._state.ema is None else self._state.ema.applied()
 
     def _refresh_kept_share(self) -> None:
@@ -100,8 +108,8 @@ class RunFeedback:
         if self._held_out is None:
             return
         numbers: dict[str, float | None] = {"validation_loss_base": self.base_loss}
-        with self._shown_weights(), self._autocast():
-            self.validation_loss = numbers["validation_loss"] = self._held_out.loss()
+        with self.shown_weights(), self._autocast():
+            self._loss = numbers["validation_loss"] = self._held_out.loss()
             if self._config.class_prompt is not None:
                 numbers["drift"] = self._held_out.drift(self._config.class_prompt)
         self._tracker.event("validation", step=step, **numbers)
@@ -114,7 +122,7 @@ class RunFeedback:
         self._tracker.status("sampling")
         columns, indices = prompts * count, [i for i in range(count) for _ in prompts]
         try:
-            with self._shown_weights(), evaluating(self._state.components), self._autocast():
+            with self.shown_weights(), evaluating(self._state.components), self._autocast():
                 pictures = self._sampler.draw(columns, "sample", indices)
         except Exception as error:
             # A picture is never worth the run; the reason is kept in the log.

@@ -1,8 +1,8 @@
 """What a denoiser is trained to predict, and how much each timestep counts.
 
-    x_t = a_t x_0 + s_t e,   a_t = sqrt(abar_t),  s_t = sqrt(1 - abar_t)      DDPM (arXiv:2006.11239), eq. 4
-    epsilon: target e        v: target a_t e - s_t x_0                          arXiv:2202.00512, sec. 4
-    min-SNR: w = min(SNR, gamma) / SNR (epsilon), / (SNR + 1) (v)               arXiv:2303.09556, sec. 3.4
+    x_t = a_t x_0 + s_t e,  a_t = sqrt(abar_t), s_t = sqrt(1 - abar_t)   arXiv:2006.11239, eq. 4
+    epsilon: target e       v: target a_t e - s_t x_0                     arXiv:2202.00512, sec. 4
+    min-SNR: w = min(SNR, gamma) / SNR (epsilon), / (SNR + 1) (v)         arXiv:2303.09556, sec. 3.4
 
 Shapes: latents and noise [B, C, H, W]; timesteps [B], integers, 0 to 999.
 """
@@ -85,7 +85,7 @@ def dreambooth_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Combine per-sample errors: subject photos first, class images after them.
 
-        L = mean_instance(w e) + prior_weight * mean_class(w e)     DreamBooth (arXiv:2208.12242), eq. 2
+        L = mean_instance(w e) + prior_weight * mean_class(w e)     arXiv:2208.12242, eq. 2
 
     Args:
         errors: Squared error per sample, [B].
@@ -107,8 +107,8 @@ def dreambooth_loss(
 
 def stratified_timesteps(count: int, num_timesteps: int, draw: Tensor) -> Tensor:
     """One timestep in each of `count` equal parts of the schedule, from uniform `draw` [count]."""
-    return ((torch.arange(count) + draw) * (num_timesteps / count)).long().clamp_max(
-        num_timesteps - 1
+    return (
+        ((torch.arange(count) + draw) * (num_timesteps / count)).long().clamp_max(num_timesteps - 1)
     )
 
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.data import SUFFIXES, Photo, find_photos
 from snell_diffusion.diffusion.sampling import Sampler
 from snell_diffusion.errors import SnellaConfigError
@@ -38,34 +39,37 @@ def check_recipe(folder: Path, recipe: dict[str, str]) -> None:
             )
 
 
-def generate_images(
+def complete_images(
+    config: TrainConfig,
     folder: Path,
-    count: int,
-    prompt: str,
-    recipe: dict[str, str],
     sampler: Sampler,
-    batch: int,
-    progress: Callable[[int], None],
+    progress: Callable[[int, int], None],
 ) -> None:
-    """Generate class images until the folder holds `count`, each with its own fixed noise.
+    """Generate class images until `folder` holds num_class_images, each with its own fixed noise.
 
     Args:
+        config: Class prompt, count, base and batch.
         folder: Where they go; created if missing.
-        count: Images wanted in all.
-        prompt: Class prompt.
-        recipe: What they are made with; kept beside them.
-        sampler: Draws with the base model (adapters off or not there yet).
-        batch: Pictures per call.
-        progress: Called with the number present after each call.
+        sampler: Draws with the base model (adapters off).
+        progress: Called with (present, wanted) at the start and after each call of the pipeline.
+
+    Raises:
+        SnellaConfigError: The images there were generated with another prompt or base.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    prompt, wanted = str(config.class_prompt), config.num_class_images
     present = len(given_images(folder, prompt))
+    if present >= wanted:
+        return
+    recipe = {"prompt": prompt, "base": config.pretrained_model_name_or_path}
+    check_recipe(folder, recipe)
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RECIPE, recipe)
-    while present < count:
-        indices = range(present, min(present + batch, count))
+    progress(present, wanted)
+    while present < wanted:
+        indices = range(present, min(present + config.sample_batch_size, wanted))
         pictures = sampler.draw([prompt] * len(indices), "class", indices)
         for index, picture in zip(indices, pictures, strict=True):
             mark = hashlib.sha256(picture.tobytes()).hexdigest()[:12]
             write_with(folder / f"class-{index:04d}-{mark}.png", picture.save, durable=False)
         present += len(pictures)
-        progress(present)
+        progress(present, wanted)

@@ -13,9 +13,6 @@ from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.setup import ADAPTER, Sizes
 from snell_diffusion.training.files import write_text, write_with
 
-SNELLA_FILE = "pytorch_snella_weights.safetensors"
-LORA_FILE = "pytorch_lora_weights.safetensors"
-
 
 @dataclass(frozen=True)
 class RunResult:
@@ -43,11 +40,12 @@ class RunResult:
 
 
 def save_result(
-    config: TrainConfig, pipe: Any, components: dict[str, nn.Module], folder: Path
-) -> Path:
-    """Write the adapter file of the run into `folder`, atomically, and return its path."""
+    config: TrainConfig, pipe: Any, components: dict[str, nn.Module], path: Path
+) -> None:
+    """Write the adapter file of the run to `path`, atomically."""
     if config.method == "lora":
-        return _save_lora(components, folder, type(pipe))
+        _save_lora(components, path, type(pipe))
+        return
     metadata = {
         "instance_prompt": config.instance_prompt,
         "class_prompt": config.class_prompt or "",
@@ -61,10 +59,10 @@ def save_result(
         "source": config.pretrained_model_name_or_path,
         "revision": config.revision,
     }
-    return save_adapter(folder, components, ADAPTER, metadata=metadata, base=base)
+    save_adapter(path, components, ADAPTER, metadata=metadata, base=base)
 
 
-def _save_lora(components: dict[str, nn.Module], folder: Path, pipeline: type) -> Path:
+def _save_lora(components: dict[str, nn.Module], path: Path, pipeline: type) -> None:
     from diffusers.utils import convert_state_dict_to_diffusers
 
     layers = {
@@ -77,14 +75,12 @@ def _save_lora(components: dict[str, nn.Module], folder: Path, pipeline: type) -
         f"{name}_lora_adapter_metadata": model.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr,index]
         for name, model in components.items()
     }
-    path = folder / LORA_FILE
     write_with(
         path,
         lambda file: pipeline.save_lora_weights(  # type: ignore[attr-defined]
             file.parent, weight_name=file.name, **layers, **metadata
         ),
     )
-    return path
 
 
 def write_card(config: TrainConfig, result: RunResult, pictures: Sequence[str]) -> Path:
@@ -145,13 +141,13 @@ pipe.load_lora_weights("{folder}")""",
 def _card_values(config: TrainConfig, result: RunResult) -> dict[str, Any]:
     base = config.pretrained_model_name_or_path
     source = "snell_diffusion.models.embedded_path()" if base == "embedded" else f'"{base}"'
-    photos = len([1 for e in result.history if e["event"] == "photo"])
+    photos = next(e["photos"] for e in result.history if e["event"] == "start")
     return {
         "base": base,
         "method": config.method,
         "name": {"snella": "SNELLA", "lora": "LoRA"}[config.method],
         "prompt": config.instance_prompt,
-        "photos": f"{photos} photos" if photos else "photos",
+        "photos": f"{photos} photo{'s' if photos > 1 else ''}",
         "usage": _USAGE[config.method].format(source=source, folder=result.output_dir.name),
         "steps": config.max_train_steps,
         "batch": config.train_batch_size,

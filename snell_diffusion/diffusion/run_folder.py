@@ -14,6 +14,10 @@ from snell_diffusion.training.errors import CheckpointError
 from snell_diffusion.training.files import process_alive
 
 CLASS_IMAGES = "class_images"
+ADAPTER_FILES = {
+    "snella": "pytorch_snella_weights.safetensors",
+    "lora": "pytorch_lora_weights.safetensors",
+}
 FILES = (
     "config.yaml",
     "log.jsonl",
@@ -22,13 +26,15 @@ FILES = (
     "allocation.png",
     "samples.png",
     "README.md",
-    "pytorch_snella_weights.safetensors",
-    "pytorch_lora_weights.safetensors",
+    *ADAPTER_FILES.values(),
 )
 FOLDERS = ("samples", "checkpoints", CLASS_IMAGES, "logs")
 
 # Settings that a resumed run may change without changing what is trained.
-FREE = frozenset(Feedback.__dataclass_fields__) - {"validation_data_dir", "num_validation_photos"} | {
+FREE = frozenset(Feedback.__dataclass_fields__) - {
+    "validation_data_dir",
+    "num_validation_photos",
+} | {
     "output_dir",
     "checkpointing_steps",
     "checkpoints_total_limit",
@@ -58,6 +64,10 @@ class RunFolder:
         self.checkpoints = CheckpointFolder(
             self.path / "checkpoints", config.checkpoints_total_limit
         )
+
+    @property
+    def adapter_file(self) -> str:
+        return ADAPTER_FILES[self.config.method]
 
     @property
     def class_images(self) -> Path:

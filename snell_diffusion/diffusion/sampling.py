@@ -1,13 +1,14 @@
 """Sample pictures from the modules that are being trained; there is no second pipeline."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from snell_diffusion.diffusion.families import Conditions, Family, SampleRequest
+from snell_diffusion.diffusion.families import Conditions, SampleRequest
+from snell_diffusion.diffusion.setup import Model
 from snell_diffusion.training.randomness import generator
 
 
@@ -17,11 +18,33 @@ def to_pictures(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in bytes_bhwc]
 
 
+def rest(model: Model) -> None:
+    """Move the frozen encoders off the GPU; `Sampler` brings them back while it draws."""
+    if model.device.type != "cpu":
+        for part in model.frozen_encoders():
+            part.to("cpu")
+
+
+@contextmanager
+def _awake(model: Model) -> Iterator[None]:
+    """The frozen encoders on the denoiser's device inside this context, then where they were."""
+    places = [(part, next(part.parameters()).device) for part in model.frozen_encoders()]
+    for part, place in places:
+        if place != model.device:
+            part.to(model.device)
+    try:
+        yield
+    finally:
+        for part, place in places:
+            if place != model.device:
+                part.to(place)
+
+
 class Sampler:
     """Draws pictures; picture `i` of a prompt has the same start noise at every call.
 
     Args:
-        family, pipe: The model, with its adapters.
+        model: The base with its adapters.
         size: Side in pixels.
         steps: Denoising steps.
         guidance: Classifier-free guidance scale.
@@ -31,8 +54,7 @@ class Sampler:
 
     def __init__(
         self,
-        family: Family,
-        pipe: Any,
+        model: Model,
         *,
         size: int,
         steps: int,
@@ -40,7 +62,7 @@ class Sampler:
         seed: int,
         batch: int = 4,
     ) -> None:
-        self._family, self._pipe = family, pipe
+        self._model = model
         self._size, self._steps, self._guidance = size, steps, guidance
         self._seed, self._batch = seed, batch
 
@@ -50,16 +72,18 @@ class Sampler:
     ) -> list[Image.Image]:
         """One picture per prompt; its start noise is a function of (seed, purpose, index)."""
         pictures: list[Image.Image] = []
-        for start in range(0, len(prompts), self._batch):
-            some = slice(start, start + self._batch)
-            pictures += self._call(prompts[some], purpose, indices[some])
+        with _awake(self._model):
+            for start in range(0, len(prompts), self._batch):
+                some = slice(start, start + self._batch)
+                pictures += self._call(prompts[some], purpose, indices[some])
         return pictures
 
     def _call(
         self, prompts: Sequence[str], purpose: str, indices: Sequence[int]
     ) -> list[Image.Image]:
         # One encoder call: the rows of the prompts, then the empty prompt's.
-        encoded = self._family.encode_text(self._pipe, [*prompts, ""])
+        family, pipe = self._model.family, self._model.pipe
+        encoded = family.encode_text(pipe, [*prompts, ""])
         conditions: Conditions = {name: rows[:-1] for name, rows in encoded.items()}
         request = SampleRequest(
             conditions=conditions,
@@ -69,5 +93,4 @@ class Sampler:
             steps=self._steps,
             guidance=self._guidance,
         )
-        latents = self._family.sample(self._pipe, request)
-        return to_pictures(self._family.decode_latents(self._pipe, latents))
+        return to_pictures(family.decode_latents(pipe, family.sample(pipe, request)))

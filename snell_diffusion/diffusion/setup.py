@@ -1,27 +1,25 @@
-"""Load the base, put the adapters in, build optimizer and schedule: config -> things to train."""
+"""Load the base and put the adapters in: config -> a pipeline with trainable layers."""
 
 import hashlib
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from peft import LoraConfig, PeftConfig
 from torch import nn
 
 from snell_diffusion.adapters.identity import config_hash
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.families import Family, family_of
+from snell_diffusion.diffusion.losses import DiffusionObjective
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.adapter_tensors import (
     Components,
     trainable_parameters,
     tuner_layers,
 )
-from snell_diffusion.training.optimizers import make_optimizer
 from snell_diffusion.training.randomness import seed_torch
-from snell_diffusion.tuners import Competition, SnellaConfig, param_groups
+from snell_diffusion.tuners import SnellaConfig
 
 ADAPTER = "default"
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,11 +68,13 @@ def load_base(config: TrainConfig) -> tuple[Family, Any]:
     family = family_of(source, config.revision)
     options = {"revision": config.revision, "variant": config.variant}
     pipe = family.load(source, **{k: v for k, v in options.items() if v is not None})
-    for component in pipe.components.values():
-        if isinstance(component, nn.Module):
-            component.requires_grad_(False).eval().float()
-    # VAE and text encoders stay float32: they run once, and a 16-bit VAE can overflow to black.
-    getattr(pipe, family.denoiser).to(DTYPES[config.mixed_precision])
+    for name, model in pipe.components.items():
+        if isinstance(model, nn.Module):
+            # VAE and text encoders stay float32: they run once, and a 16-bit VAE can turn black.
+            wanted = DTYPES[config.mixed_precision] if name == family.denoiser else torch.float32
+            if model.dtype != wanted:
+                model.to(wanted)
+            model.requires_grad_(False).eval()
     return family, pipe
 
 
@@ -129,6 +129,57 @@ def _lora(given: dict[str, Any], targets: list[str], seed: int) -> PeftConfig:
 _METHODS = {"snella": _snella, "lora": _lora}
 
 
+@dataclass(frozen=True)
+class Model:
+    """A base with fresh adapters on its device, ready to train.
+
+    Attributes:
+        family: How to use the base.
+        pipe: Its pipeline; the components are these very modules.
+        components: Adapted models by name, denoiser first, in training mode.
+        objective: What the denoiser predicts.
+        device: Where the denoiser is.
+        base: Digest of the denoiser before it was adapted.
+    """
+
+    family: Family
+    pipe: Any
+    components: dict[str, nn.Module]
+    objective: DiffusionObjective
+    device: torch.device
+    base: str
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return next(iter(self.components.values()))
+
+    def frozen_encoders(self) -> list[nn.Module]:
+        """VAE and frozen text encoders: what caches make idle during training."""
+        parts = self.pipe.components.items()
+        return [p for n, p in parts if isinstance(p, nn.Module) and n not in self.components]
+
+
+def build_model(config: TrainConfig, device: torch.device) -> Model:
+    """Load the base, add the adapters of the config, move all of it to `device`.
+
+    Raises:
+        SnellaBaseError: No such base, or no family covers it.
+        SnellaConfigError: No layer matches the targets, or the method refuses its settings.
+    """
+    family, pipe = load_base(config)
+    base = base_digest(getattr(pipe, family.denoiser))
+    components = add_adapters(config, family, pipe)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.to(device)
+    for model in components.values():
+        model.train()
+        if config.gradient_checkpointing:
+            diffusers_way = getattr(model, "enable_gradient_checkpointing", None)
+            (diffusers_way or model.gradient_checkpointing_enable)()  # type: ignore[operator]
+    return Model(family, pipe, components, family.objective(pipe, device), device, base)
+
+
 def add_adapters(config: TrainConfig, family: Family, pipe: Any) -> dict[str, nn.Module]:
     """Wrap the target layers; return the adapted components by name, denoiser first.
 
@@ -170,86 +221,3 @@ def sizes(components: Components) -> Sizes:
     count = sum(p.numel() for p in trainable.values())
     adapted = sum(layer.get_base_layer().weight.numel() for layer in layers)
     return Sizes(len(layers), count, adapted, everything - count)
-
-
-def parameter_groups(config: TrainConfig, components: Components) -> list[dict[str, Any]]:
-    """Optimizer groups: factors and scalars (no weight decay) of denoiser and text encoders."""
-    groups = []
-    for index, model in enumerate(components.values()):
-        text_rate = config.text_encoder_lr if index else None
-        groups += param_groups(
-            model,
-            ADAPTER,
-            lr=text_rate or config.learning_rate,
-            weight_decay=config.adam_weight_decay,
-            scalar_lr=config.scalar_learning_rate,
-        )
-    return groups
-
-
-def build_optimizer(config: TrainConfig, components: Components) -> torch.optim.Optimizer:
-    """The optimizer of the config over all trainable parameters."""
-    defaults: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "eps": config.adam_epsilon,
-        "weight_decay": config.adam_weight_decay,
-    }
-    return make_optimizer(
-        config.optimizer, parameter_groups(config, components), defaults, config.optimizer_args
-    )
-
-
-def build_scheduler(
-    config: TrainConfig, optimizer: torch.optim.Optimizer
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """Learning-rate schedule over optimizer steps."""
-    from diffusers.optimization import get_scheduler
-
-    return get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_train_steps,
-        num_cycles=config.lr_num_cycles,
-        power=config.lr_power,
-    )
-
-
-def build_competition(config: TrainConfig, components: Components) -> Any:
-    """The competition of the layers for kept entries; None for methods without sparsity levels."""
-    settings = next(iter(components.values())).peft_config[ADAPTER]  # type: ignore[union-attr,index]
-    if not isinstance(settings, SnellaConfig) or settings.sparsify == "none":
-        return None
-    try:
-        return Competition(components, ADAPTER, settings, config.max_train_steps)
-    except ValueError as error:
-        raise SnellaConfigError(f"the layers' competition cannot be scheduled: {error}") from error
-
-
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Device, precision and processes, checked against what the launcher asked for.
-
-    Raises:
-        SnellaConfigError: A strategy or a precision that this trainer does not run.
-    """
-    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-        if os.environ.get(variable, "false").lower() in ("1", "true"):
-            raise SnellaConfigError(
-                f"{variable} is set, but adapters train with plain data parallelism; launch "
-                f"without FSDP or DeepSpeed"
-            )
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise SnellaConfigError("mixed_precision fp16 needs a GPU; use bf16 or no on the CPU")
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=config.output_dir,
-    )
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked != accelerator.num_processes:
-        raise SnellaConfigError(
-            f"the launcher started {asked} processes, but accelerate reports "
-            f"{accelerator.num_processes}; they would train apart and overwrite each other"
-        )
-    return accelerator

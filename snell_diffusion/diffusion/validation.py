@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from snell_diffusion.diffusion.batches import TextTable
-from snell_diffusion.diffusion.families import Conditions, Family
-from snell_diffusion.diffusion.losses import DiffusionObjective, squared_error
-from snell_diffusion.training.adapter_tensors import Components, adapters_off, evaluating
+from snell_diffusion.diffusion.families import Conditions
+from snell_diffusion.diffusion.losses import squared_error
+from snell_diffusion.diffusion.setup import Model
+from snell_diffusion.training.adapter_tensors import adapters_off, evaluating
 from snell_diffusion.training.randomness import normal
 
 _SEED = 20_240_401
@@ -26,9 +27,7 @@ class HeldOut:
     Noise and timesteps do not depend on the run's seed, so different runs can be compared.
 
     Args:
-        family: The base's family.
-        objective: What the denoiser predicts.
-        components: Adapted models, denoiser first.
+        model: The base with its adapters.
         text: Encoded prompts; must know every prompt given here.
         latents: Mean latents of the photos, [N, C, h, w].
         prompts: One prompt per photo.
@@ -37,17 +36,15 @@ class HeldOut:
 
     def __init__(
         self,
-        family: Family,
-        objective: DiffusionObjective,
-        components: Components,
+        model: Model,
         text: TextTable,
         latents: Tensor,
         prompts: Sequence[str],
         timesteps: int,
     ) -> None:
-        self._family, self._objective = family, objective
-        self._components, self._text = components, text
-        fixed = fixed_timesteps(timesteps, objective.num_timesteps)
+        self._model, self._text = model, text
+        self._base_answers: dict[str, Tensor] = {}
+        fixed = fixed_timesteps(timesteps, model.objective.num_timesteps)
         pairs = [(i, k) for i in range(len(latents)) for k in range(len(fixed))]
         shape = tuple(latents.shape[1:])
         noise = torch.stack([normal(shape, _SEED, "held-out", i, k) for i, k in pairs])
@@ -56,35 +53,34 @@ class HeldOut:
         self._timesteps = torch.tensor([fixed[k] for _, k in pairs], device=latents.device)
         self._prompts = [prompts[i] for i, _ in pairs]
 
-    @property
-    def _denoiser(self) -> nn.Module:
-        return next(iter(self._components.values()))
-
     def _predictions(self, prompts: Sequence[str]) -> Tensor:
-        noisy = self._objective.add_noise(self._latents, self._noise, self._timesteps)
-        with evaluating(self._components):
+        model = self._model
+        noisy = model.objective.add_noise(self._latents, self._noise, self._timesteps)
+        with evaluating(model.components):
             conditions = self._text(prompts)
             parts = []
             for rows in torch.arange(len(noisy)).split(_BATCH):
                 some: Conditions = {k: v[rows] for k, v in conditions.items()}
                 t = self._timesteps[rows]
-                parts.append(self._family.denoise(self._denoiser, noisy[rows], t, some).float())
+                parts.append(model.family.denoise(model.denoiser, noisy[rows], t, some).float())
         return torch.cat(parts)
 
     def loss(self) -> float:
         """Mean squared error over photos and timesteps, unweighted."""
-        target = self._objective.target(self._latents, self._noise, self._timesteps)
+        target = self._model.objective.target(self._latents, self._noise, self._timesteps)
         return float(squared_error(self._predictions(self._prompts), target).mean())
 
     def base_loss(self) -> float:
         """The same loss of the base model, adapters off."""
-        with adapters_off(self._components):
+        with adapters_off(self._model.components):
             return self.loss()
 
     def drift(self, prompt: str) -> float:
-        """Change of the prediction for `prompt`, against the base: |adapted - base|^2 / |base|^2."""
+        """Change of the prediction for `prompt`: |adapted - base|^2 / |base|^2, 0 at best."""
         prompts = [prompt] * len(self._prompts)
         adapted = self._predictions(prompts)
-        with adapters_off(self._components):
-            base = self._predictions(prompts)
+        if prompt not in self._base_answers:
+            with adapters_off(self._model.components):
+                self._base_answers[prompt] = self._predictions(prompts)
+        base = self._base_answers[prompt]
         return float((adapted - base).square().mean() / base.square().mean())

@@ -1,1 +1,1 @@
-"""What every trainer needs: one loop, exact checkpoints, counter-based randomness, tracking, EMA."""
+"""What every trainer needs: one loop, exact checkpoints, counted randomness, tracking, EMA."""

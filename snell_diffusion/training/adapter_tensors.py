@@ -21,7 +21,7 @@ def tuner_layers(components: Components) -> Iterator[tuple[str, BaseTunerLayer]]
 
 
 def adapter_tensors(components: Components) -> dict[str, Tensor]:
-    """Live adapter tensors by name: parameters and buffers (levels, thresholds), no base weights."""
+    """Live adapter tensors by name: parameters and buffers (levels, thresholds), no base weight."""
     return {
         f"{name}.{key}": tensor
         for name, layer in tuner_layers(components)

@@ -135,7 +135,8 @@ class CheckpointFolder:
             manifest = json.loads((path / "manifest.json").read_bytes())
             if manifest["format"] != FORMAT:
                 raise CheckpointError(
-                    f"checkpoint {path} has format {manifest['format']}, this version reads {FORMAT}"
+                    f"checkpoint {path} has format {manifest['format']}, "
+                    f"this version reads {FORMAT}"
                 )
             digests, step = dict(manifest["sha256"]), int(manifest["step"])
         except FileNotFoundError as error:
@@ -147,7 +148,9 @@ class CheckpointFolder:
         data = {name: self._verified(path / name, digest) for name, digest in digests.items()}
         try:
             state = json.loads(data.pop("state.json"))
-            tensors = {name.removesuffix(".safetensors"): load_tensors(v) for name, v in data.items()}
+            tensors = {
+                name.removesuffix(".safetensors"): load_tensors(v) for name, v in data.items()
+            }
         except (KeyError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
         return Checkpoint(path, step, tensors, state)

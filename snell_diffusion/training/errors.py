@@ -20,7 +20,7 @@ class NonFiniteError(TrainingError):
 
 
 class Interrupted(TrainingError):
-    """SIGINT or SIGTERM arrived; the state was saved. Exit code 130 or 143 (128 + signal number)."""
+    """SIGINT or SIGTERM arrived; the state was saved. Exit code 130 or 143 (128 + signal)."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)

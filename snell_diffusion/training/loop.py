@@ -42,7 +42,7 @@ class Competes(Protocol):
         """Set the levels of a step, counted from 0; whether they changed."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Statistics as plain numbers and tensors."""
+        """Statistics by name: plain numbers, strings and tensors."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`."""
@@ -100,9 +100,9 @@ class TrainState:
         if self.ema is not None:
             tensors["ema"] = self.ema.shadow
         if self.competition is not None:
-            tensors["competition"], state["competition"] = split_tensors(
-                self.competition.state_dict()
-            )
+            scores = self.competition.state_dict()
+            tensors["competition"] = {k: v for k, v in scores.items() if isinstance(v, Tensor)}
+            state["competition"] = {k: v for k, v in scores.items() if not isinstance(v, Tensor)}
         return tensors, state
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -115,34 +115,8 @@ class TrainState:
         if self.ema is not None:
             self.ema.load(tensors["ema"])
         if self.competition is not None:
-            self.competition.load_state_dict(
-                join_tensors(tensors["competition"], state["competition"])
-            )
+            self.competition.load_state_dict({**state["competition"], **tensors["competition"]})
         self.step = checkpoint.step
-
-
-def split_tensors(value: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
-    """Take the tensors out of nested dicts and lists, leaving {"$tensor": path} in their place."""
-    if isinstance(value, Tensor):
-        return {path: value}, {"$tensor": path}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    if not isinstance(value, (dict, list, tuple)):
-        return {}, value
-    tensors: dict[str, Tensor] = {}
-    plain: Any = {} if isinstance(value, dict) else [None] * len(value)
-    for key, item in items:
-        found, plain[key] = split_tensors(item, f"{path}/{key}")
-        tensors.update(found)
-    return tensors, plain
-
-
-def join_tensors(tensors: dict[str, Tensor], plain: Any) -> Any:
-    """Undo `split_tensors`."""
-    if isinstance(plain, dict):
-        if "$tensor" in plain:
-            return tensors[plain["$tensor"]]
-        return {key: join_tensors(tensors, item) for key, item in plain.items()}
-    return [join_tensors(tensors, item) for item in plain] if isinstance(plain, list) else plain
 
 
 def train(
@@ -235,7 +209,7 @@ def _average_gradients(parameters: list[torch.nn.Parameter], accelerator: Accele
 def _read_numbers(
     totals: dict[str, Tensor], norm: Tensor, stop: StopRequest, accelerator: Accelerator
 ) -> tuple[dict[str, float], bool]:
-    """Bring the step's numbers to the CPU at once (one synchronisation), averaged over processes."""
+    """Bring the step's numbers to the CPU at once (one wait), averaged over processes."""
     asked = torch.full_like(norm, float(stop.signum is not None))
     packed = torch.stack([*(v.to(norm) for v in totals.values()), norm, asked])
     if accelerator.num_processes > 1:

@@ -136,9 +136,7 @@ def _header(wrapped: Sequence[Sequence[str]]) -> int:
     return max(len(lines) for lines in wrapped) * (_LABEL + 3) + 2 * _MARGIN
 
 
-def stack_sheets(
-    paths: Sequence[Path], column_labels: Sequence[str], side: int
-) -> Image.Image:
+def stack_sheets(paths: Sequence[Path], column_labels: Sequence[str], side: int) -> Image.Image:
     """Put saved sheets of the same columns below each other, the column labels once.
 
     Args:

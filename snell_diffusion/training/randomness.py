@@ -1,7 +1,7 @@
 """Counter-based randomness: every draw is a function of (seed, purpose, counters) alone.
 
-No generator is carried from one step to the next, so a run that stops and resumes, or that skips its
-validation pictures, draws exactly what an uninterrupted run draws. Ranks are not a counter: sample
+No generator is carried from one step to the next, so a run that stops and resumes, or that skips
+its validation pictures, draws exactly what an uninterrupted run draws. Ranks are not a counter: sample
 `i` of a global batch gets the same noise however many processes share the batch.
 """
 
@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 def seed_for(seed: int, purpose: str, *counters: int) -> int:
-    """Hash (seed, purpose, counters) to a seed, 0 to 2**63 - 1 (SHA-256, the same on every machine)."""
+    """Hash (seed, purpose, counters) to a seed, 0 to 2**63 - 1: SHA-256, the same everywhere."""
     key = "/".join([str(seed), purpose, *map(str, counters)])
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
 
 
 def generator(seed: int, purpose: str, *counters: int) -> torch.Generator:
-    """Return a fresh CPU generator for one purpose, for example `generator(0, "noise", step, i)`."""
+    """Return a fresh CPU generator for one purpose, e.g. `generator(0, "noise", step, i)`."""
     return torch.Generator().manual_seed(seed_for(seed, purpose, *counters))
 
 

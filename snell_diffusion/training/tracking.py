@@ -1,4 +1,4 @@
-"""What a run tells: log.jsonl always, status.json for watchers, a progress bar, optional trackers."""
+"""What a run tells: log.jsonl always, status.json for watchers, a progress bar, trackers."""
 
 import json
 import os
@@ -125,7 +125,7 @@ class Tracker:
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Drop the lines after `step` from a log, so that a resumed run continues it without doubles."""
+    """Drop the lines after `step` from a log, so that a resumed run writes them only once."""
     if not path.is_file():
         return
     kept = []

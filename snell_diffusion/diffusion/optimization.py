@@ -1,0 +1,123 @@
+"""Optimizer, schedule, competition and devices of a run, from its config."""
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from snell_diffusion.diffusion.config import TrainConfig
+from snell_diffusion.diffusion.setup import ADAPTER
+from snell_diffusion.errors import SnellaConfigError
+from snell_diffusion.training.adapter_tensors import Components
+from snell_diffusion.training.ema import AdapterEma
+from snell_diffusion.training.loop import LoopSettings, TrainState
+from snell_diffusion.training.optimizers import make_optimizer
+from snell_diffusion.tuners import Competition, SnellaConfig, param_groups
+
+
+def parameter_groups(config: TrainConfig, components: Components) -> list[dict[str, Any]]:
+    """Optimizer groups: factors and scalars (no weight decay) of denoiser and text encoders."""
+    groups = []
+    for index, model in enumerate(components.values()):
+        text_rate = config.text_encoder_lr if index else None
+        groups += param_groups(
+            model,
+            ADAPTER,
+            lr=text_rate or config.learning_rate,
+            weight_decay=config.adam_weight_decay,
+            scalar_lr=config.scalar_learning_rate,
+        )
+    return groups
+
+
+def build_optimizer(config: TrainConfig, components: Components) -> torch.optim.Optimizer:
+    """The optimizer of the config over all trainable parameters."""
+    defaults: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.adam_weight_decay,
+    }
+    return make_optimizer(
+        config.optimizer, parameter_groups(config, components), defaults, config.optimizer_args
+    )
+
+
+def build_scheduler(
+    config: TrainConfig, optimizer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Learning-rate schedule over optimizer steps."""
+    from diffusers.optimization import get_scheduler
+
+    return get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+    )
+
+
+def build_competition(config: TrainConfig, components: Components) -> Any:
+    """The competition of the layers for kept entries; None for methods without sparsity levels."""
+    settings = next(iter(components.values())).peft_config[ADAPTER]  # type: ignore[union-attr,index]
+    if not isinstance(settings, SnellaConfig) or settings.sparsify == "none":
+        return None
+    try:
+        return Competition(components, ADAPTER, settings, config.max_train_steps)
+    except ValueError as error:
+        raise SnellaConfigError(f"the layers' competition cannot be scheduled: {error}") from error
+
+
+def build_state(config: TrainConfig, components: Components, device: torch.device) -> TrainState:
+    """Everything that training steps change, at step 0."""
+    optimizer = build_optimizer(config, components)
+    decay = config.ema_decay
+    return TrainState(
+        components=components,
+        optimizer=optimizer,
+        scheduler=build_scheduler(config, optimizer),
+        competition=build_competition(config, components),
+        ema=None if decay is None else AdapterEma(components, decay),
+        scaler=torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16"),
+    )
+
+
+def loop_settings(config: TrainConfig) -> LoopSettings:
+    """Length and gradients of the run."""
+    return LoopSettings(
+        seed=config.seed,
+        steps=config.max_train_steps,
+        accumulation=config.gradient_accumulation_steps,
+        max_grad_norm=config.max_grad_norm,
+    )
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Device, precision and processes, checked against what the launcher asked for.
+
+    Raises:
+        SnellaConfigError: A strategy or a precision that this trainer does not run.
+    """
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(variable, "false").lower() in ("1", "true"):
+            raise SnellaConfigError(
+                f"{variable} is set, but adapters train with plain data parallelism; launch "
+                f"without FSDP or DeepSpeed"
+            )
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise SnellaConfigError("mixed_precision fp16 needs a GPU; use bf16 or no on the CPU")
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=config.output_dir,
+    )
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked != accelerator.num_processes:
+        raise SnellaConfigError(
+            f"the launcher started {asked} processes, but accelerate reports "
+            f"{accelerator.num_processes}; they would train apart and overwrite each other"
+        )
+    return accelerator
