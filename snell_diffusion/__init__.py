@@ -1,10 +1,10 @@
 """SNELLA for diffusion models: kernelized sparse updates that personalize a text-to-image model.
 
     import snell_diffusion                       # adds the verbs below to every DiffusionPipeline
-    pipe.load_snella_weights("my-adapter/")      # ... save_, unload_, fuse_, set_snella_sparsity, ...
+    pipe.load_snella_weights("my-adapter/")      # save_, fuse_, set_snella_sparsity ...
 
-Importing this package loads none of torch, diffusers, peft or gradio by itself; names are imported
-when they are first asked for, and the pipeline verbs appear when diffusers is imported.
+Importing this package loads none of torch, diffusers, peft or gradio by itself; names are
+imported when they are first asked for, and the pipeline verbs appear when diffusers is imported.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Every error this package raises about adapters; each message names what, where, expected, came, next.
+"""Every error this package raises about adapters; messages name what, where, expected, came, next.
 
     SnellaError
     ├── SnellaFileError        the container or its header cannot be read or written

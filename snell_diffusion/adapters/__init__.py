@@ -1,4 +1,4 @@
-"""The adapter file format: schema, digest, save, read, load, inspect. See docs/adapter_format.md."""
+"""The adapter file format: schema, digest, save, read, load, inspect (docs/adapter_format.md)."""
 
 from snell_diffusion.adapters.inspect import inspect_adapter, summary
 from snell_diffusion.adapters.limits import FORMAT, WEIGHTS_NAME

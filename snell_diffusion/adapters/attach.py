@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from snell_diffusion.adapters.state import layer_tensors, method_name
 from snell_diffusion.tuners import DeltaLayer, delta_layers
+from snell_diffusion.tuners.qkv_guard import release
 from snell_diffusion.tuners.traverse import unwrapped
 
 
@@ -35,7 +36,7 @@ def same_trainability(model: nn.Module) -> Iterator[None]:
 
 
 def inject(model: nn.Module, config: Any, paths: Iterable[str], adapter_name: str) -> None:
-    """Wrap exactly the modules at `paths`; no pattern is matched and no random state is consumed."""
+    """Wrap exactly the modules at `paths`; matches no pattern, consumes no random state."""
     target = unwrapped(model)
     # PEFT reads module paths off these names and uses nothing else of them.
     names = {f"{path}.{method_name(config)}_A": torch.empty(0) for path in paths}
@@ -119,6 +120,8 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> int:
                 setattr(parent, name, layer.base_layer)
     if count:
         forget(target, adapter_name)
+    if next(delta_layers(target), None) is None:
+        release(target)
     return count
 
 

@@ -1,7 +1,7 @@
 """State dicts without a header, as other tools leave them: what the tensors alone tell.
 
-Tools that copy only tensors (`safetensors.torch.load_file`, for one) drop the header. So a file also
-carries, per component, one float64 tensor `<component>.<method>_method` with the settings that
+Tools that copy only tensors (`safetensors.torch.load_file`, for one) drop the header. So a file
+also carries, per component, one float64 tensor `<component>.<method>_method` with the settings that
 change the mathematics but no shape. The header stays the description that counts: where both are
 there, they must agree.
 

@@ -1,4 +1,4 @@
-"""The safetensors container, read in full into memory and checked piece by piece; written atomically.
+"""The safetensors container: read whole into memory, checked piece by piece, written atomically.
 
     8 bytes   N, length of the header, little endian
     N bytes   JSON: {"__metadata__": {str: str}, name: {"dtype", "shape", "data_offsets"}, ...}
@@ -47,7 +47,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Head:
-    """The judged header of a container: free metadata, tensor table, and the body's size in bytes."""
+    """The judged header of a container: free metadata, tensor table, and body size in bytes."""
 
     metadata: dict[str, str]
     entries: dict[str, Entry]

@@ -1,4 +1,4 @@
-"""What a base model is: its class, and a hash of the settings that differ from the class's defaults.
+"""What a base model is: its class, and a hash of the settings that differ from its defaults.
 
 Only differences count, so that a library release which adds an option with a default leaves the
 hash of an unchanged model alone.

@@ -20,7 +20,7 @@ def inspect_adapter(source: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def summary(file: AdapterFile, layers: bool = True) -> str:
-    """A readable page: origin, training, and per layer its size, level, threshold and kept share."""
+    """A readable page: origin, training, and per layer size, level, threshold and kept share."""
     header = file.header
     lines = [
         f"file      {file.source}",
@@ -51,7 +51,7 @@ def _component(name: str, part: Component, layers: bool) -> list[str]:
         width = max(len(path) for path in part.layers)
         lines.append(f"  {'layer':<{width}}  {'[out, in]':>13}  sparsity  threshold  kept")
         lines += [
-            f"  {path:<{width}}  {str(row.shape):>13}  {row.sparsity:8.4f}  "
+            f"  {path:<{width}}  {row.shape!s:>13}  {row.sparsity:8.4f}  "
             f"{'level' if row.threshold is None else f'{row.threshold:.3g}':>9}  "
             f"{row.kept / (row.shape[0] * row.shape[1]):.1%}"
             for path, row in part.layers.items()

@@ -1,4 +1,4 @@
-"""Limits of format 1.0, in one place. A file beyond any of them is refused before its body is read."""
+"""Limits of format 1.0. A file beyond any of them is refused before its body is read."""
 
 import re
 

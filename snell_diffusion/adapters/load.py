@@ -1,4 +1,4 @@
-"""Adapters into live models in two phases: everything is checked first, then all parts or none go in.
+"""Adapters into live models in two phases: check everything, then put in all parts or none.
 
 Phase one rebuilds the adapter on a skeleton: stand-ins of the adapted modules at their paths, with
 the real tuner layers around them. What could fail on the model fails there, and the size of the
@@ -38,6 +38,7 @@ from snell_diffusion.errors import (
 )
 from snell_diffusion.tuners import delta_layers
 from snell_diffusion.tuners.layer import has_plain_weight
+from snell_diffusion.tuners.qkv_guard import is_fused
 from snell_diffusion.tuners.traverse import unwrapped
 
 __all__ = ["LoadReport", "check_adapter_name", "load_adapter"]
@@ -227,6 +228,11 @@ def _check_component(
 def _check_modules(
     model: nn.Module, component: str, part: Component, source: str
 ) -> dict[str, nn.Linear]:
+    if is_fused(model):
+        raise SnellaValueError(
+            f"{component} computes with fused QKV projections, where an update would be left out: "
+            "call unfuse_qkv_projections() before loading an adapter"
+        )
     modules = base_modules(model)
     missing = [path for path in part.layers if _linear(modules.get(path)) is None]
     if missing:
@@ -252,8 +258,8 @@ def _check_modules(
             )
         if isinstance(module, BaseTunerLayer) and module.merged:
             raise SnellaValueError(
-                f"{component}.{path} has adapter(s) {shown(module.merged_adapters)} merged into its "
-                "weight: unfuse (unfuse_snella or unfuse_lora) before loading another"
+                f"{component}.{path} has adapter(s) {shown(module.merged_adapters)} merged into "
+                "its weight: unfuse (unfuse_snella or unfuse_lora) before loading another"
             )
         linears[path] = linear
     return linears

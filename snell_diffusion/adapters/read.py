@@ -201,8 +201,8 @@ def _check_method(component: str, part: Component, tensor: Tensor, source: str) 
     for name, value in method_settings(part.method, tensor, f"{source}: {component}").items():
         if part.config.get(name) != value:
             raise SnellaSchemaError(
-                f"{source}: component {component!r}: setting {name} is {part.config.get(name)!r} in "
-                f"the header, {value!r} in its tensor; the file was put together wrongly"
+                f"{source}: component {component!r}: setting {name} is {part.config.get(name)!r} "
+                f"in the header, {value!r} in its tensor; the file was put together wrongly"
             )
 
 
@@ -216,8 +216,8 @@ def _check_layer(stem: str, layer: Layer, tensors: Mapping[str, Tensor], source:
     for name, shape in expected.items():
         if name in tensors and tuple(tensors[name].shape) != shape:
             raise SnellaShapeError(
-                f"{source}: tensor {name!r} has shape {tuple(tensors[name].shape)}, the layer table "
-                f"says {shape} ([heads, features, columns])"
+                f"{source}: tensor {name!r} has shape {tuple(tensors[name].shape)}, the layer "
+                f"table says {shape} ([heads, features, columns])"
             )
     for short, stated in (("sparsity", layer.sparsity), ("threshold", layer.threshold)):
         stored = tensors.get(f"{stem}_{short}")

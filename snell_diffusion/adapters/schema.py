@@ -40,7 +40,7 @@ class _Strict(BaseModel):
 
 
 class Layer(_Strict):
-    """One adapted module: its kind, size, the factors' size, and what the threshold leaves of it."""
+    """One adapted module: kind, size, the factors' size, and what the threshold leaves of it."""
 
     kind: Literal["linear"]
     shape: Annotated[list[int], Field(min_length=2, max_length=2)]  # [out features, in features]
@@ -59,7 +59,7 @@ class Base(_Strict):
 
 
 class Component(_Strict):
-    """One adapted part of a pipeline: method, its settings, base model, and the literal layer table."""
+    """One adapted part of a pipeline: method, settings, base model, and literal layer table."""
 
     method: Text
     config: Annotated[dict[str, Scalar | Names], Field(max_length=128)]

@@ -157,8 +157,8 @@ def describe(
 def _component(model: nn.Module, config: Any) -> dict[str, Any]:
     if config.modules_to_save:
         raise SnellaConfigError(
-            f"this adapter also trains whole modules ({shown(config.modules_to_save)}), which format "
-            f"{limits.FORMAT} does not hold; save those yourself and leave modules_to_save empty"
+            f"this adapter also trains whole modules ({shown(config.modules_to_save)}), which "
+            f"format {limits.FORMAT} does not hold: save those yourself, without modules_to_save"
         )
     return {
         "method": method_name(config),

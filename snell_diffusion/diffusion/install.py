@@ -68,7 +68,7 @@ def remove_methods(pipeline_class: type) -> list[str]:
 
 
 class _Hook(MetaPathFinder):
-    """Finds the pipeline module once, by the ordinary finders, and runs `install` after its code."""
+    """Finds the pipeline module once, by the ordinary finders, and adds the verbs to it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -13,6 +13,7 @@ from torch import nn
 
 from snell_diffusion.errors import SnellaConfigError, shown
 from snell_diffusion.tuners.layer import DeltaLayer
+from snell_diffusion.tuners.qkv_guard import protect
 from snell_diffusion.tuners.registry import MethodName
 from snell_diffusion.tuners.traverse import delta_layers
 
@@ -136,6 +137,7 @@ class DeltaModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        protect(model)
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)
 

@@ -78,6 +78,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         scaling: Factor on each adapter's update now: `config.scale` times the weight given to
             `set_scale` times the call-time factors of `scale_layer`. Change it by those methods.
         configs: Config by adapter.
+        trained_sparsity: By adapter, the level and threshold it was trained with, kept while
+            another level is tried out at inference time.
         merge_error: By merged adapter, how far the weight written is from the exact sum, relative
             to the update: |W - W0 - ΔW| / |ΔW| in Frobenius norms; 0 is exact, 1 is all lost.
 
@@ -85,7 +87,10 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         TypeError: The layer to wrap is not an `nn.Linear`.
     """
 
-    other_param_names: tuple[str, ...] = ("r", "scaling", "configs", "weights", "merge_error")
+    other_param_names: tuple[str, ...] = (
+        *("r", "scaling", "configs", "weights", "merge_error"),
+        "trained_sparsity",
+    )
     fold_16bit = False
     cache_in_eval = True
 
@@ -112,6 +117,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.configs: dict[str, DeltaConfig] = {}
         self.weights: dict[str, float] = {}
         self.merge_error: dict[str, float] = {}
+        self.trained_sparsity: dict[str, dict[str, Tensor]] = {}
         self.merged_adapters: list[str] = []
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._call_factors: list[float] = []

@@ -1,0 +1,83 @@
+"""Keeps the fusion of query, key and value projections from dropping updates without a word.
+
+diffusers fuses by copying `to_q.weight` and its sisters into one new Linear, which knows nothing of
+an update that is added to them at call time. So the methods that fuse get a guard on the instances
+concerned: while a delta layer below is not merged, it refuses. The guard looks at names and methods
+only and imports no diffusers.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from snell_diffusion.errors import SnellaValueError, shown
+from snell_diffusion.tuners.layer import DeltaLayer
+from snell_diffusion.tuners.traverse import delta_layers
+
+__all__ = ["FusionGuard", "is_fused", "protect", "release"]
+
+GUARDED = ("fuse_qkv_projections", "fuse_projections")
+
+
+class FusionGuard:
+    """Stands in front of one module's method; copies with the module it belongs to."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module = module
+        self.name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        held = [place for place, layer in _layers(self.module) if not layer.merged]
+        if held:
+            raise SnellaValueError(
+                f"{type(self.module).__name__}.{self.name}() would leave out the updates of "
+                f"{len(held)} layers ({shown(held, 3)}): fuse_snella() first, which makes them "
+                "part of the weights, or unload_snella_weights()"
+            )
+        return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
+
+
+def protect(model: nn.Module) -> None:
+    """Guard a model's own fusion and that of every attention that holds a delta layer."""
+    for module in model.modules():
+        if module is not model and not _holds_delta(module):
+            continue
+        for name in GUARDED:
+            if callable(getattr(type(module), name, None)) and name not in vars(module):
+                setattr(module, name, FusionGuard(module, name))
+
+
+def release(model: nn.Module) -> None:
+    """Take the guards off a model that has no delta layer left."""
+    for module in model.modules():
+        for name in GUARDED:
+            if isinstance(vars(module).get(name), FusionGuard):
+                delattr(module, name)
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether any attention of the model computes with fused projections at the moment."""
+    return any(_fused(module) for module in model.modules())
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, DeltaLayer]]:
+    """Delta layers of a model, those included that a forward pre-hook holds in its `deltas`."""
+    yield from delta_layers(model)
+    for path, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            for place, layer in getattr(hook, "deltas", {}).items():
+                yield f"{path}.{place}".lstrip("."), layer
+
+
+def _fused(module: nn.Module) -> bool:
+    if not getattr(module, "fused_projections", False):
+        return False
+    # The older attention class never takes its flag back; there the processor decides.
+    if hasattr(type(module), "unfuse_projections"):
+        return True
+    return "Fused" in type(getattr(module, "processor", None)).__name__
+
+
+def _holds_delta(module: nn.Module) -> bool:
+    return any(isinstance(child, DeltaLayer) for child in module.children())
