@@ -117,15 +117,17 @@ class _ProductForm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         A, B, signs, *d = ctx.saved_tensors
         gA, gB = torch.empty_like(A), torch.empty_like(B)
         with no_autocast(G.device):
             for h, (a, b) in enumerate(_centred(A, B)):
-                R = (G * signs[h]).div_(d[h]).masked_fill_(d[h] == 0, 0).to(a.dtype)
+                inverse = d[h] / (d[h] * d[h]).add_(torch.finfo(d[h].dtype).tiny)  # 0 where d = 0
+                R = (G * signs[h]).mul_(inverse).to(a.dtype)
                 gA[h] = a * R.sum(1, keepdim=True) - R @ b
                 gB[h] = b * R.sum(0).unsqueeze(1) - R.T @ a
-        return gA, gB, torch.stack([(G * d_h).sum() for d_h in d])
+        gsigns = torch.stack([(G * d_h).sum() for d_h in d]) if ctx.needs_input_grad[2] else None
+        return gA, gB, gsigns
 
 
 def _centred(A: Tensor, B: Tensor) -> list[tuple[Tensor, Tensor]]:

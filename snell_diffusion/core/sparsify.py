@@ -130,12 +130,12 @@ def _resolve(w: Tensor, sparsity: float, given: Threshold | None) -> Tensor:
 
 def _squared(w: Tensor, t: Tensor) -> Tensor:
     a = w.detach().abs()
-    return w * (a * (a > t))
+    return w * _above(a, t).mul_(a)
 
 
 def _squared_true(w: Tensor, t: Tensor) -> Tensor:
     a = w.abs()
-    return w * a * (a > t)
+    return w * a * _above(a.detach(), t)
 
 
 def _printed(w: Tensor, t: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def _printed_true(w: Tensor, t: Tensor) -> Tensor:
 
 
 def _mask(w: Tensor, t: Tensor) -> Tensor:
-    return w * _kept(w, t)
+    return w * _kept(w.detach(), t)
 
 
 def _soft(w: Tensor, t: Tensor) -> Tensor:
@@ -156,8 +156,13 @@ def _soft(w: Tensor, t: Tensor) -> Tensor:
 
 
 def _kept(w: Tensor, t: Tensor) -> Tensor:
-    a = w.detach().abs()
-    return (a > t) | (a.amax() == 0)
+    a = w.abs()
+    return _above(a, t).add_(a.amax() == 0)
+
+
+def _above(a: Tensor, t: Tensor) -> Tensor:
+    """1 where a > t, else 0, in the dtype of a: on CPU several times faster than a bool mask."""
+    return a.clone().gt_(t)
 
 
 _RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
