@@ -377,12 +377,11 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
         Its hooks sit on module calls, and nothing calls a parameter dictionary.
         """
-        hooked = [
-            (hook, child)
-            for _, child in self.containers()
-            if isinstance(hook := getattr(child, "_hf_hook", None), AlignDevicesHook)
-            and hook.offload
-        ]
+        hooked = []
+        for _, child in self.containers():
+            hook = getattr(child, "_hf_hook", None)
+            if isinstance(hook, AlignDevicesHook) and hook.offload:
+                hooked.append((hook, child))
         for hook, child in hooked:
             hook.pre_forward(child)
         try:
