@@ -24,16 +24,16 @@ def build(actions: Actions) -> gr.Blocks:
     """The page over the given actions; not launched yet."""
     with gr.Blocks(title="SNELLA", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown(INTRO)
+        run, chosen = (gr.Dropdown([], label="Run", render=False) for _ in range(2))
         with gr.Tab("Train"):
-            run = _train_tab(actions)
-        with gr.Tab("Generate") as generate:
-            chosen = _generate_tab(actions)
-        page.load(_choices(actions), outputs=[run], api_visibility="private")
-        generate.select(_choices(actions), outputs=[chosen], api_visibility="private")
+            _train_tab(actions, run, chosen)
+        with gr.Tab("Generate"):
+            _generate_tab(actions, chosen)
+        page.load(_choices(actions), outputs=[run, chosen], api_name="runs")
     return page
 
 
-def _train_tab(actions: Actions) -> gr.Dropdown:
+def _train_tab(actions: Actions, run: gr.Dropdown, chosen: gr.Dropdown) -> None:
     with gr.Row():
         with gr.Column():
             photos = gr.File(
@@ -47,7 +47,7 @@ def _train_tab(actions: Actions) -> gr.Dropdown:
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
             start = gr.Button("Train", variant="primary")
         with gr.Column():
-            run = gr.Dropdown([], label="Run", interactive=True)
+            run.render()
             bar = gr.HTML()
             samples = gr.Image(label="Newest samples", interactive=False, format="png")
             curve = gr.LinePlot(x="step", y="loss", title="Loss, mean of 20 steps", height=200)
@@ -55,7 +55,7 @@ def _train_tab(actions: Actions) -> gr.Dropdown:
     view = [bar, samples, curve, stop]
     timer = gr.Timer(POLL)
     started = start.click(
-        _said(_started(actions)), [photos, word, steps, seed], [run], api_name="train"
+        _said(_started(actions)), [photos, word, steps, seed], [run, chosen], api_name="train"
     )
     for event in (started.then, timer.tick, run.change):
         event(
@@ -68,13 +68,12 @@ def _train_tab(actions: Actions) -> gr.Dropdown:
         )
     stop.click(_said(actions.stop), [run], api_name="stop", queue=False)
     gr.api(_said(_status(actions)), api_name="status", queue=False)
-    return run
 
 
-def _generate_tab(actions: Actions) -> gr.Dropdown:
+def _generate_tab(actions: Actions, chosen: gr.Dropdown) -> None:
     with gr.Row():
         with gr.Column():
-            chosen = gr.Dropdown([], label="Run", interactive=True)
+            chosen.render()
             prompt = gr.Textbox(
                 f"a photo of {TOKEN} cat in the snow", label="Prompt", max_length=MAX_PROMPT
             )
@@ -93,7 +92,6 @@ def _generate_tab(actions: Actions) -> gr.Dropdown:
         api_name="generate",
         **PIPELINE,
     )
-    return chosen
 
 
 def _said(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,7 +110,8 @@ def _said(function: Callable[..., Any]) -> Callable[..., Any]:
 def _choices(actions: Actions) -> Callable[[], Any]:
     def choices() -> Any:
         runs = actions.runs()
-        return gr.update(choices=runs, value=runs[0][1] if runs else None)
+        update = gr.update(choices=runs, value=runs[0][1] if runs else None)
+        return update, update
 
     return choices
 
@@ -120,7 +119,8 @@ def _choices(actions: Actions) -> Callable[[], Any]:
 def _started(actions: Actions) -> Callable[..., Any]:
     def train(photos: list[str] | None, word: str, steps: int, seed: int) -> Any:
         job = actions.train(photos or [], word, steps, seed)
-        return gr.update(choices=actions.runs(), value=job)
+        update = gr.update(choices=actions.runs(), value=job)
+        return update, update
 
     return train
 

@@ -16,7 +16,8 @@ settings = yaml.safe_load(pathlib.Path(sys.argv[2]).read_text())
 run = pathlib.Path(settings["output_dir"]); run.mkdir()
 def status(state, step, **more):
     values = {"state": state, "step": step, "total": 4, "pid": os.getpid(), **more}
-    (run / "status.tmp").write_text(json.dumps(values)); (run / "status.tmp").rename(run / "status.json")
+    (run / "status.tmp").write_text(json.dumps(values))
+    (run / "status.tmp").rename(run / "status.json")
 """
 SUCCEEDS = HEAD + "status('finished', 4); (run / 'pytorch_snella_weights.safetensors').touch()"
 CRASHES = HEAD + "status('running', 2, eta_s=5.0); print('not enough memory'); sys.exit(1)"
