@@ -148,7 +148,7 @@ def _card_values(config: TrainConfig, result: RunResult) -> dict[str, Any]:
         "name": {"snella": "SNELLA", "lora": "LoRA"}[config.method],
         "prompt": config.instance_prompt,
         "photos": f"{photos} photo{'s' if photos > 1 else ''}",
-        "usage": _USAGE[config.method].format(source=source, folder=result.output_dir.name),
+        "usage": _USAGE[config.method].format(source=source, folder=config.output_dir),
         "steps": config.max_train_steps,
         "batch": config.train_batch_size,
         "rate": config.learning_rate,

@@ -61,16 +61,16 @@ def loss_curve(events: Sequence[Event], path: Path) -> None:
 
 
 def allocation_picture(events: Sequence[Event], path: Path) -> None:
-    """Kept share of every layer through the network: over the steps, and at the end.
+    """The share of its update that each layer may keep, through the network and over the steps.
 
     Args:
         events: Events of the run's log; `allocation` is used, at least one.
         path: PNG to write.
     """
     records = [e for e in events if e["event"] == "allocation"]
-    last = records[-1]["layers"]
+    last = sorted(records[-1]["layers"], key=lambda row: _place(row["name"]))
     names = [row["name"] for row in last]
-    share = np.array([[r["kept"] / r["size"] for r in e["layers"]] for e in records])
+    share = np.array([_shares(e["layers"], names) for e in records])
     figure = Figure(figsize=(max(7, 0.14 * len(names) + 2), 6), layout="constrained")
     over_time, at_end = figure.subplots(2, 1, sharex=True, height_ratios=[2, 3])
     picture = over_time.imshow(
@@ -80,18 +80,37 @@ def allocation_picture(events: Sequence[Event], path: Path) -> None:
     over_time.set_yticks(ticks, [str(records[i]["step"]) for i in ticks])
     over_time.set_ylabel("optimizer step")
     figure.colorbar(picture, ax=over_time, label="kept share")
-    blocks = [name.split(".")[0] for name in names]
-    order = list(dict.fromkeys(blocks))
-    for index, block in enumerate(order):
-        places = [i for i, b in enumerate(blocks) if b == block]
-        at_end.bar(places, share[-1, places], color=f"C{index}", label=block)
-    kept, size = sum(r["kept"] for r in last), sum(r["size"] for r in last)
-    at_end.axhline(kept / size, color="0.4", linestyle=":", label=f"all layers {kept / size:.0%}")
+    stages = [_stage(name) for name in names]
+    for stage in dict.fromkeys(stages):
+        places = [i for i, other in enumerate(stages) if other == stage]
+        at_end.bar(places, share[-1, places], label=stage)
+    whole = sum(row["budget"] for row in last) / sum(row["size"] for row in last)
+    at_end.axhline(whole, color="0.4", linestyle=":", label=f"all layers {whole:.0%}")
     at_end.set_ylim(0, 1.02)
     at_end.set_ylabel(f"kept share at step {records[-1]['step']}")
     at_end.set_xticks(range(len(names)), [_short(n) for n in names], rotation=90, fontsize=5)
-    at_end.legend(frameon=False, fontsize=8, ncols=3)
+    figure.legend(loc="outside upper center", frameon=False, fontsize=8, ncols=6)
     _save(figure, path)
+
+
+def _shares(layers: Sequence[Event], names: Sequence[str]) -> list[float]:
+    by_name = {row["name"]: row["budget"] / row["size"] for row in layers}
+    return [by_name[name] for name in names]
+
+
+# A UNet lists its up blocks before its middle block; data take them in this order.
+_STAGES = ("down_blocks", "mid_block", "up_blocks")
+
+
+def _stage(name: str) -> str:
+    component, block = name.split(".")[:2]
+    return f"{component} {block}" if block in _STAGES else component
+
+
+def _place(name: str) -> tuple[int, int]:
+    """Order through the network: text encoders, then the stages of a UNet; else as listed."""
+    component, block = name.split(".")[:2]
+    return int(not component.startswith("text")), _STAGES.index(block) if block in _STAGES else 0
 
 
 def _short(name: str) -> str:

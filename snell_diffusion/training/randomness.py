@@ -1,8 +1,8 @@
 """Counter-based randomness: every draw is a function of (seed, purpose, counters) alone.
 
 No generator is carried from one step to the next, so a run that stops and resumes, or that skips
-its validation pictures, draws exactly what an uninterrupted run draws. Ranks are not a counter: sample
-`i` of a global batch gets the same noise however many processes share the batch.
+its validation pictures, draws exactly what an uninterrupted run draws. Ranks are not a counter:
+sample `i` of a global batch gets the same noise however many processes share the batch.
 """
 
 import hashlib

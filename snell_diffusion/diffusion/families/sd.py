@@ -58,7 +58,8 @@ def objective(pipe: Any, device: torch.device) -> DiffusionObjective:
 
 
 def denoise(model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-    dtype = model.dtype
+    # `model.dtype` walks every module, which is a tenth of a step on a small model.
+    dtype = model.conv_in.weight.dtype
     return model(  # type: ignore[no-any-return]
         noisy.to(dtype), timesteps, conditions["text"].to(dtype), return_dict=False
     )[0]
