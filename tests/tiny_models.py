@@ -3,6 +3,7 @@
 Every builder returns a fresh object; equal seeds give equal weights.
 """
 
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -14,8 +15,12 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from snell_diffusion import SnellaConfig
+from snell_diffusion.tuners import delta_layers
 
 SIZE = 16  # latent height and width of the denoisers
 
@@ -195,3 +200,48 @@ def picture(pipe: StableDiffusionPipeline, prompt: str = "a sks cat", **more: An
     generator = torch.Generator().manual_seed(3)
     result = pipe(prompt, num_inference_steps=2, generator=generator, output_type="np", **more)
     return torch.from_numpy(result.images)
+
+
+def adapt(
+    model: nn.Module, adapter_name: str = "default", seed: int = 1, **config: Any
+) -> nn.Module:
+    """Add a SNELLA adapter whose update shows and whose layers have different sparsity levels.
+
+    A stand-in for training: factors are scaled up and levels spread from 0 to 0.5.
+    """
+    settings = SnellaConfig(**{"r": 4, "seed": seed, **config})
+    inject_adapter_in_model(settings, model, adapter_name)
+    layers = list(delta_layers(model, adapter_name))
+    with torch.no_grad():
+        for index, (_, layer) in enumerate(layers):
+            layer.snella_A[adapter_name].mul_(30)
+            layer.set_sparsity(adapter_name, 0.5 * index / len(layers))
+    return model
+
+
+def fingerprint(pipe: Any) -> dict[str, Any]:
+    """What a refused load must leave alone: modules, bytes, flags, PEFT's traces, hooks, RNG."""
+    state: dict[str, Any] = {"rng": torch.get_rng_state().tolist()}
+    for name, model in pipe.components.items():
+        if not isinstance(model, nn.Module):
+            continue
+        modules = list(model.named_modules())
+        state[name] = {
+            "modules": [(path, type(module), id(module)) for path, module in modules],
+            "processors": [type(getattr(module, "processor", None)) for _, module in modules],
+            "bytes": {key: hash_bytes(tensor) for key, tensor in model.state_dict().items()},
+            "trainable": [(key, p.requires_grad) for key, p in model.named_parameters()],
+            "peft": sorted(getattr(model, "peft_config", None) or {}),
+            "peft_flag": vars(model).get("_hf_peft_config_loaded"),
+            "active": [(path, layer.active_adapters) for path, layer in delta_layers(model)],
+            "scales": [(path, dict(layer.scaling)) for path, layer in delta_layers(model)],
+            "own": [(path, sorted(vars(module))) for path, module in modules],
+            "hooks": [len(module._forward_pre_hooks) for _, module in modules],
+        }
+    return state
+
+
+def hash_bytes(tensor: Tensor) -> str:
+    return sha256(
+        tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    ).hexdigest()

@@ -118,16 +118,13 @@ def read_tensors(stream: BinaryIO, head: Head, source: str) -> dict[str, Tensor]
     Raises:
         SnellaFileError: The file became shorter while it was read.
     """
-    body = bytearray(head.body_bytes)
-    if stream.readinto(body) != head.body_bytes:  # type: ignore[attr-defined]
-        raise SnellaFileError(f"{source}: the file became shorter while it was read; try again")
     tensors = {}
-    for name, entry in head.entries.items():
+    for name, entry in sorted(head.entries.items(), key=lambda item: item[1].begin):
+        raw = bytearray(entry.end - entry.begin)
+        if stream.readinto(raw) != len(raw):  # type: ignore[attr-defined]
+            raise SnellaFileError(f"{source}: the file became shorter while it was read; try again")
         dtype = DTYPES[entry.dtype]
-        count = math.prod(entry.shape)
-        # An offset that is no multiple of the item size is legal, but torch cannot view it.
-        raw = body[entry.begin : entry.end]
-        flat = torch.frombuffer(raw, dtype=dtype) if count else torch.empty(0, dtype=dtype)
+        flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
         tensors[name] = flat.reshape(entry.shape)
     return tensors
 
@@ -214,10 +211,10 @@ def _check_layout(entries: Mapping[str, Entry], body: int, source: str) -> None:
         )
 
 
-def tensor_bytes(tensor: Tensor) -> bytes:
-    """The tensor's values in row order, little endian, as they lie in a file."""
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's values in row order, little endian, as they lie in a file; no copy on the CPU."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -229,7 +226,7 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     # Wide items first, as the library does, so that every tensor is aligned to its item size.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    body = []
+    body: list[memoryview] = []
     position = 0
     for name in order:
         tensor = tensors[name]

@@ -15,7 +15,14 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 from torch import Tensor
 
 from snell_diffusion.adapters import limits
@@ -28,11 +35,33 @@ FORMAT_KEY, HEADER_KEY, DIGEST_KEY = "snella.format", "snella.header", "snella.d
 FEATURES = frozenset({"snella"})
 
 Text = Annotated[str, StringConstraints(max_length=limits.MAX_STRING)]
-LongText = Annotated[str, StringConstraints(max_length=limits.MAX_PROMPT)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Scalar = bool | int | Finite | Text | None
 Names = Annotated[list[Text], Field(max_length=64)]
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _is_scalar(value: Any, longest: int) -> bool:
+    if isinstance(value, str):
+        return len(value) <= longest
+    return value is None or isinstance(value, (bool, int, float))
+
+
+def _setting(value: Any) -> Any:
+    """A value of a method's config; its exact type and range are the config class's to check."""
+    items = value if isinstance(value, list) and len(value) <= 64 else [value]
+    if not all(_is_scalar(item, limits.MAX_STRING) for item in items):
+        raise ValueError(f"expected a number, text of up to {limits.MAX_STRING}, or list of those")
+    return value
+
+
+def _note(value: Any) -> Any:
+    if not _is_scalar(value, limits.MAX_PROMPT):
+        raise ValueError(f"expected a number or a text of at most {limits.MAX_PROMPT} characters")
+    return value
+
+
+Setting = Annotated[Any, AfterValidator(_setting)]
+Note = Annotated[Any, AfterValidator(_note)]
 
 
 class _Strict(BaseModel):
@@ -62,7 +91,7 @@ class Component(_Strict):
     """One adapted part of a pipeline: method, settings, base model, and literal layer table."""
 
     method: Text
-    config: Annotated[dict[str, Scalar | Names], Field(max_length=128)]
+    config: Annotated[dict[str, Setting], Field(max_length=128)]
     base: Base | None  # None: read from a bare state dict, which does not know it
     layers: Annotated[dict[str, Layer], Field(min_length=1, max_length=limits.MAX_LAYERS)]
 
@@ -86,7 +115,7 @@ class Header(_Strict):
         dict[str, Component], Field(min_length=1, max_length=limits.MAX_COMPONENTS)
     ]
     metadata: Annotated[
-        dict[str, Scalar | LongText], Field(max_length=limits.MAX_METADATA)
+        dict[str, Note], Field(max_length=limits.MAX_METADATA)
     ]  # instance_prompt, class_prompt, and a summary of the training
 
     def to_json(self) -> str:
@@ -211,7 +240,7 @@ def digest(header_json: str, tensors: Mapping[str, Tensor]) -> str:
     """
     sha = hashlib.sha256()
 
-    def feed(part: bytes) -> None:
+    def feed(part: bytes | memoryview) -> None:
         sha.update(len(part).to_bytes(8, "little"))
         sha.update(part)
 
@@ -223,9 +252,3 @@ def digest(header_json: str, tensors: Mapping[str, Tensor]) -> str:
         feed(json.dumps(list(tensor.shape)).encode())
         feed(tensor_bytes(tensor))
     return f"sha256:{sha.hexdigest()}"
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite; one pass without a mask in memory."""
-    # A sum overflows only where values near the dtype's limit do; the exact test settles that.
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

@@ -95,8 +95,8 @@ def adapter_names(components: Components) -> list[str]:
     return list(names)
 
 
-def layer_row(layer: DeltaLayer, adapter_name: str) -> dict[str, Any]:
-    """One row of the layer table (`schema.Layer`)."""
+def layer_row(layer: Any, adapter_name: str) -> dict[str, Any]:
+    """One row of the layer table (`schema.Layer`) for a delta layer with sparsity levels."""
     config = layer.configs[adapter_name]
     stored = layer_tensors(layer, adapter_name).get(f"{_prefix(config)}threshold")
     threshold = None if stored is None or bool(stored.isnan()) else float(stored)

@@ -1,0 +1,187 @@
+"""The container: what the library writes we read, what we write it reads, and every damage is named."""
+
+import os
+import stat
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from snell_diffusion.adapters import container
+from snell_diffusion.adapters.limits import MAX_HEADER_BYTES
+from snell_diffusion.errors import SnellaFileError
+from tests.adapters.files import container as raw
+
+SAMPLE = {
+    "a.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
+    "half": torch.tensor([1.5, -2.25], dtype=torch.float16),
+    "brain": torch.tensor([[3.0]], dtype=torch.bfloat16),
+    "level": torch.tensor(0.1, dtype=torch.float64),
+    "empty": torch.empty(0, 4),
+}
+
+
+def read(data: bytes) -> dict[str, torch.Tensor]:
+    import io
+
+    stream = io.BytesIO(data)
+    head = container.read_head(stream, len(data), "x.safetensors")
+    return container.read_tensors(stream, head, "x.safetensors")
+
+
+def assert_same(came: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert came.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert came[name].dtype == tensor.dtype
+        assert torch.equal(came[name], tensor)
+
+
+def test_reads_what_the_safetensors_library_writes() -> None:
+    assert_same(read(save(SAMPLE, {"format": "pt"})), SAMPLE)
+
+
+def test_the_safetensors_library_reads_what_it_writes() -> None:
+    assert_same(load(container.encode(SAMPLE, {"format": "pt"})), SAMPLE)
+
+
+def test_equal_content_gives_equal_bytes_whatever_the_order() -> None:
+    backwards = dict(reversed(SAMPLE.items()))
+    texts = {"b": "2", "a": "1"}
+    assert container.encode(SAMPLE, texts) == container.encode(
+        backwards, dict(reversed(texts.items()))
+    )
+
+
+def test_tensors_do_not_alias_the_file_or_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(container.encode(SAMPLE, {}))
+    stream, size = container.open_regular(path)
+    with stream:
+        tensors = container.read_tensors(stream, container.read_head(stream, size, "x"), "x")
+    path.write_bytes(b"\0" * size)
+    assert_same(tensors, SAMPLE)
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}
+
+
+DAMAGE = {
+    "empty": (b"", "0 bytes are too few"),
+    "seven bytes": (b"1234567", "7 bytes are too few"),
+    "pickle": (b"\x80\x04\x95" + b"a" * 40, "no adapter file"),
+    "zip": (b"PK\x03\x04" + b"\0" * 4 + b"z" * 40, "no adapter file"),
+    "html": (b"<!DOCTYPE html><html></html>", "no adapter file"),
+    "huge header": (struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{}", "expected at most 4194304"),
+    "overflowing header": (struct.pack("<Q", 2**64 - 1) + b"{}", "expected at most"),
+    "header cut": (raw({"t": entry()})[:20], "the file was cut off"),
+    "not json": (raw("{nope"), "not valid JSON"),
+    "not utf-8": (struct.pack("<Q", 2) + b"\xff\xfe", "not valid JSON"),
+    "list": (raw("[]"), "JSON list, not a table"),
+    "deep": (raw("[" * 100_000), "not valid JSON"),
+    "nan": (raw('{"t": NaN}'), "NaN is not allowed"),
+    "twice": (raw('{"t": 1, "t": 2}'), "a key occurs twice"),
+    "metadata number": (raw({"__metadata__": {"a": 1}}), "must be a table of texts"),
+    "metadata list": (raw({"__metadata__": []}), "must be a table of texts"),
+    "entry text": (raw({"t": "x"}), "'t': expected the fields dtype, shape"),
+    "entry more": (raw({"t": entry(extra=1)}), "'t': expected the fields dtype, shape"),
+    "int64": (raw({"t": entry(dtype="I64")}, b"0" * 8), "dtype 'I64', expected one of F64, F32"),
+    "bool": (raw({"t": entry(dtype="BOOL")}), "dtype 'BOOL'"),
+    "float8": (raw({"t": entry(dtype="F8_E4M3")}), "dtype 'F8_E4M3'"),
+    "complex": (raw({"t": entry(dtype="C64")}), "dtype 'C64'"),
+    "dtype list": (raw({"t": entry(dtype=["F32"])}), "dtype \\['F32'\\]"),
+    "negative": (raw({"t": entry(shape=[-2])}, b"0" * 8), "expected up to 8 sizes"),
+    "fraction": (raw({"t": entry(shape=[2.0])}, b"0" * 8), "expected up to 8 sizes"),
+    "true": (raw({"t": entry(shape=[True, 2])}, b"0" * 8), "expected up to 8 sizes"),
+    "many axes": (raw({"t": entry(shape=[1] * 9)}, b"0" * 4), "expected up to 8 sizes"),
+    "overflow": (raw({"t": entry(shape=[2**31, 2**31])}, b"0" * 8), "takes 18446744073709551616"),
+    "offsets": (raw({"t": entry(data_offsets=[0])}, b"0" * 8), "expected \\[begin, end\\]"),
+    "reversed": (raw({"t": entry(data_offsets=[8, 0])}, b"0" * 8), "span -8"),
+    "overlap": (
+        raw({"s": entry(), "t": entry(data_offsets=[4, 12])}, b"0" * 12),
+        "'t' overlaps the one before it at byte 4",
+    ),
+    "gap": (raw({"t": entry(data_offsets=[4, 12])}, b"0" * 12), "'t' leaves a gap at byte 4"),
+    "body cut": (raw({"t": entry()}, b"0" * 5), "5 of 8 tensor bytes are there: the download"),
+    "body long": (raw({"t": entry()}, b"0" * 9), "1 bytes too many after the last tensor"),
+    "many": (
+        raw({f"{i}": entry(shape=[0], data_offsets=[0, 0]) for i in range(16_385)}),
+        "16385 tensors, expected at most 16384",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_refused_with_its_own_message(name: str) -> None:
+    data, message = DAMAGE[name]
+    with pytest.raises(SnellaFileError, match=message) as caught:
+        read(data)
+    assert str(caught.value).startswith("x.safetensors")
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused() -> None:
+    import io
+
+    data = container.encode(SAMPLE, {})
+    head = container.read_head(io.BytesIO(data), len(data), "x")
+    with pytest.raises(SnellaFileError, match="became shorter while it was read"):
+        container.read_tensors(io.BytesIO(b"123"), head, "x")
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "pipe"])
+def test_only_regular_files_are_opened(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "thing"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    message = "cannot be opened" if kind == "missing" else "expected a regular file"
+    with pytest.raises(SnellaFileError, match=message):
+        container.open_regular(path)
+
+
+def test_other_dtypes_are_not_written() -> None:
+    with pytest.raises(SnellaFileError, match="'t' is torch.int64; adapters hold F64, F32"):
+        container.encode({"t": torch.zeros(1, dtype=torch.int64)}, {})
+
+
+def test_a_header_beyond_the_limit_is_not_written() -> None:
+    with pytest.raises(SnellaFileError, match="at most 16384 and 4194304"):
+        container.encode({}, {"note": "x" * MAX_HEADER_BYTES})
+
+
+def test_write_makes_folders_and_leaves_one_file_with_the_usual_mode(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "a.safetensors"
+    before = os.umask(0o027)
+    try:
+        container.write_atomic(path, b"123")
+    finally:
+        os.umask(before)
+    assert path.read_bytes() == b"123"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SnellaFileError, match="3 bytes could not be written .No space left"):
+        container.write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(SnellaFileError, match=r"file/a\.safetensors: cannot be written"):
+        container.write_atomic(tmp_path / "file" / "a.safetensors", b"")
