@@ -44,6 +44,10 @@ def export(pipeline: StableDiffusionPipeline, folder: Path) -> float:
         shutil.rmtree(stale, ignore_errors=True)
     pipeline.to(dtype=torch.float16).save_pretrained(fresh, safe_serialization=True)
     pipeline.to(dtype=torch.float32)
+    # transformers loads in the dtype its config names: without this, a plain from_pretrained
+    # would mix a float16 text encoder with a float32 UNet
+    config = fresh / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     if folder.exists():
         for card in folder.glob("*.md"):
             shutil.copy(card, fresh / card.name)

@@ -5,6 +5,7 @@ drawn and not how sharp it is), never from generated pictures.
 """
 
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ class Probe(nn.Module):
         super().__init__()
         widths = (3, 32, 64, 96, 128)
         layers: list[nn.Module] = []
-        for i, o in zip(widths, widths[1:], strict=False):
+        for i, o in pairwise(widths):
             layers += [nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
         self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.1))
         self.heads = nn.ModuleDict({k: nn.Linear(128 * 16, len(v)) for k, v in HEADS.items()})

@@ -29,7 +29,7 @@ class BaseConfig:
 
     steps: int = 10000  # optimizer steps in all
     batch: int = 32  # composites per step
-    lr: float = 1e-3  # AdamW, and Muon in units of AdamW's RMS update
+    lr: float = 1e-3  # AdamW, peak
     warmup: int = 200  # steps of linear warm-up
     decay_from: float = 0.6  # share of the steps after which lr falls linearly to 0
     wide_from: float = 0.75  # share of the steps after which wide-jitter shards join
@@ -37,7 +37,6 @@ class BaseConfig:
     wide_shards: int = 4
     caption_drop: float = 0.1  # share of captions replaced by ''
     ema: float = 0.999
-    muon: bool = False  # Muon for the matrices of the UNet's transformer blocks
     seed: int = 0
 
 
@@ -190,23 +189,6 @@ def diffusion_loss(unet, text_encoder, alphas_bar: Tensor, z: Tensor, ids: Tenso
     return F.mse_loss(v.float(), a * noise - s * z)
 
 
-def build_optimizers(modules: nn.ModuleDict, config: BaseConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the transformer blocks' matrices and AdamW for the rest."""
-    matrices, rest = [], []
-    for name, p in modules.named_parameters():
-        is_matrix = p.ndim == 2 and "embedding" not in name and "time_emb" not in name
-        (matrices if config.muon and is_matrix else rest).append(p)
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    ]
-    if matrices:
-        muon = torch.optim.Muon(
-            matrices, lr=config.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-        )
-        optimizers.append(muon)
-    return optimizers
-
-
 def learning_rate(step: int, config: BaseConfig) -> float:
     """Warm-up, plateau, then linear decay to zero."""
     hot = config.decay_from * config.steps
@@ -215,7 +197,7 @@ def learning_rate(step: int, config: BaseConfig) -> float:
 
 
 class BaseTrainer:
-    """UNet, text encoder, their average and optimizers; resumes from its checkpoint.
+    """UNet, text encoder, their average and optimizer; resumes from its checkpoint.
 
     Args:
         work: Folder with `tokenizer/`, `shards/` and the checkpoint.
@@ -235,7 +217,13 @@ class BaseTrainer:
         self.modules["unet"].to(memory_format=torch.channels_last)
         self.modules["text_encoder"].set_attn_implementation("eager")
         self.average = {k: v.clone() for k, v in self.modules.state_dict().items()}
-        self.optimizers = build_optimizers(self.modules, config)
+        self.optimizer = torch.optim.AdamW(
+            self.modules.parameters(),
+            lr=config.lr,
+            betas=(0.9, 0.98),
+            weight_decay=0.01,
+            fused=True,
+        )
         self.stream = ShardStream(work / "shards", config)
         self.step, self.samples, self.process_s = 0, 0, 0.0
         if self.checkpoint.exists():
@@ -245,8 +233,7 @@ class BaseTrainer:
         state = torch.load(self.checkpoint)
         self.modules.load_state_dict(state["model"])
         self.average = state["average"]
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.samples = state["step"], state["samples"]
         self.process_s = state["process_s"]
         print(f"resumed at step {self.step}", flush=True)
@@ -256,7 +243,7 @@ class BaseTrainer:
         state = {
             "model": self.modules.state_dict(),
             "average": self.average,
-            "optimizers": [o.state_dict() for o in self.optimizers],
+            "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "samples": self.samples,
             "process_s": process_s,
@@ -282,7 +269,7 @@ class BaseTrainer:
         first, cpu, losses = self.step, time.process_time(), []
         while self.step < self.config.steps and time.time() - started < max_s:
             lr = learning_rate(self.step, self.config)
-            for group in (g for o in self.optimizers for g in o.param_groups):
+            for group in self.optimizer.param_groups:
                 group["lr"] = lr
             z, ids = self.stream.batch(self.step, empty)
             rng = torch.Generator().manual_seed(self.config.seed * 10_000_019 + self.step)
@@ -291,9 +278,8 @@ class BaseTrainer:
             )
             loss.backward()
             nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
-            for optimizer in self.optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
             self.samples += len(z)
             self._update_average()

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ star stars fire ice stone rock metal gold silver glass paper plastic rug floor w
 autumn spring summer winter morning sunset sunrise evening eiffel tower paris london york japan
 house blue red green yellow purple orange pink brown gray grey black white cyan magenta cube wet
 bowl can candle vase boot sneaker animal bird horse lion tiger bear rabbit frog apple guitar hat
-""".split()
+"""
 
 
 def merge_rules(counts: Counter, limit: int) -> list[tuple[str, str]]:
@@ -43,7 +44,7 @@ def merge_rules(counts: Counter, limit: int) -> list[tuple[str, str]]:
     while len(rules) < limit:
         pairs = Counter()
         for symbols, count in words.values():
-            for pair in zip(symbols, symbols[1:], strict=False):
+            for pair in pairwise(symbols):
                 pairs[pair] += count
         if not pairs:
             break
@@ -67,11 +68,12 @@ def build_tokenizer(folder: Path, seed: int, limit: int = 1500) -> CLIPTokenizer
     """Learn the merges from sampled captions, rare tokens and general words, and save them."""
     rng = np.random.default_rng(seed)
     counts = Counter(w for _ in range(4000) for w in caption(sample_combination(rng), rng).split())
-    counts += Counter({w: 500 for w in RARE_TOKENS}) + Counter({w: 60 for w in GENERAL_WORDS})
+    counts += Counter(dict.fromkeys(RARE_TOKENS, 500))
+    counts += Counter(dict.fromkeys(GENERAL_WORDS.split(), 60))
     rules = merge_rules(counts, limit)
     alphabet = list(bytes_to_unicode().values())
     tokens = alphabet + [c + END for c in alphabet] + ["".join(r) for r in rules]
-    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
     lines = ["#version: 0.2", *(" ".join(r) for r in rules)]

@@ -186,7 +186,7 @@ def fit_linear_ends(vae: AutoencoderKL, x: Tensor) -> None:
     """
     patches = F.pixel_unshuffle(x, 4).permute(0, 2, 3, 1).reshape(-1, 48).double()
     mean = patches.mean(0)
-    _, sigma, basis = torch.linalg.svd(patches - mean, full_matrices=False)
+    _, _, basis = torch.linalg.svd(patches - mean, full_matrices=False)
     codes = (patches - mean) @ basis[:LATENT_CHANNELS].T
     codes = codes / codes.std(0)
     conv = vae.encoder.conv_out
