@@ -101,8 +101,8 @@ class _ProductForm(torch.autograd.Function):
         |a - b|^2 = [a, |a|^2, 1] . [-2b, 1, |b|^2]
         dL/dA[h,i] = sum_o R (A - B),  R = c_h G / d,  R = 0 where d = 0
 
-    The product cannot resolve |a - b|^2 below about eps (|a|^2 + |b|^2). That much is subtracted
-    before the root: coincident points come out at exactly zero, and no gradient is built on noise.
+    The product cannot resolve |a - b|^2 below about eps (|a|^2 + |b|^2). What is smaller counts as
+    zero: coincident points come out at exactly zero, and no gradient is built on noise.
     """
 
     @staticmethod
@@ -142,10 +142,10 @@ def _centred(A: Tensor, B: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
     """|a_i - b_o|, [I, O] float32, from one product; a [I, q], b [O, q]."""
-    q = a.shape[1]
-    resolved = 1 - (q + 2) * torch.finfo(a.dtype).eps
-    a_norm = (a * a).sum(1, keepdim=True) * resolved
-    b_norm = (b * b).sum(1, keepdim=True) * resolved
+    a_norm = (a * a).sum(1, keepdim=True)
+    b_norm = (b * b).sum(1, keepdim=True)
     left = torch.cat([a, a_norm, torch.ones_like(a_norm)], 1)
     right = torch.cat([-2 * b, torch.ones_like(b_norm), b_norm], 1)
-    return (left @ right.T).relu_().sqrt_().float()
+    squared = left @ right.T
+    noise = (a_norm + b_norm.T).mul_(torch.finfo(a.dtype).eps * left.shape[1])
+    return squared.mul_(squared.clone().gt_(noise)).sqrt_().float()
