@@ -212,7 +212,7 @@ def _check_layout(entries: Mapping[str, Entry], body: int, source: str) -> None:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's values in row order, little endian, as they lie in a file; no copy on the CPU."""
+    """The tensor's values in row order, little endian, as in a file; no copy on the CPU."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 

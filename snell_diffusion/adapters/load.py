@@ -134,7 +134,7 @@ def check_adapter_name(name: object) -> None:
         raise SnellaValueError(
             f"adapter name {str(name)[:80]!r}: expected 1 to 64 letters, digits, '_' or '-'"
         )
-    if hasattr(nn.ParameterDict, name):
+    if hasattr(nn.ParameterDict(), name):
         raise SnellaValueError(
             f"adapter name {name!r} is a name torch uses itself; choose another, e.g. 'my_{name}'"
         )

@@ -181,7 +181,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def _check_name(self, name: str) -> None:
         if name in self.configs:
             raise ValueError(f"adapter {name!r} already exists in this layer; delete it first")
-        if not name or "." in name or hasattr(nn.ParameterDict, name):
+        if not name or "." in name or hasattr(nn.ParameterDict(), name):
             raise ValueError(
                 f"adapter name {name!r} cannot be used: it must not be empty, contain a dot or be "
                 "the name of a torch attribute; use letters, digits, '_' and '-'"

@@ -39,7 +39,7 @@ def assemble(
     version: str = "1.0",
     digest_text: str | None = None,
 ) -> bytes:
-    """A file with a right digest (or the one given) over whatever header and tensors it is given."""
+    """A file with a right digest (or the one given) over any header and tensors."""
     text = json.dumps(header)
     texts = {
         FORMAT_KEY: version,

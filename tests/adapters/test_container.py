@@ -1,4 +1,4 @@
-"""The container: what the library writes we read, what we write it reads, and every damage is named."""
+"""The container: the safetensors library and we read each other, and every damage is named."""
 
 import os
 import stat
@@ -144,7 +144,7 @@ def test_only_regular_files_are_opened(kind: str, tmp_path: Path) -> None:
 
 
 def test_other_dtypes_are_not_written() -> None:
-    with pytest.raises(SnellaFileError, match="'t' is torch.int64; adapters hold F64, F32"):
+    with pytest.raises(SnellaFileError, match=r"'t' is torch.int64; adapters hold F64, F32"):
         container.encode({"t": torch.zeros(1, dtype=torch.int64)}, {})
 
 
@@ -175,7 +175,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(SnellaFileError, match="3 bytes could not be written .No space left"):
+    with pytest.raises(SnellaFileError, match=r"3 bytes could not be written .No space left"):
         container.write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

@@ -3,7 +3,7 @@
 from torch import nn
 
 from snell_diffusion.adapters.identity import config_hash, model_settings
-from tests.tiny_models import adapt, flux_transformer, sd15_unet, sd3_transformer, text_encoder
+from tests.tiny_models import adapt, flux_transformer, sd3_transformer, sd15_unet, text_encoder
 
 
 def test_equal_models_agree_and_weights_do_not_matter() -> None:

@@ -136,7 +136,7 @@ def test_a_file_can_set_nothing_outside_its_layer_table(name: str, adapter_bytes
     def apply(tensors: dict[str, Tensor]) -> None:
         tensors[name] = torch.zeros(2)
 
-    with pytest.raises(SnellaKeyError, match=f"belong to no layer of the table: {name};"):
+    with pytest.raises(SnellaKeyError, match=rf"belong to no layer of the table: {name};"):
         read_adapter(rebuilt(adapter_bytes, tensors=apply))
 
 
@@ -145,7 +145,7 @@ def test_a_layer_without_tensors_is_refused(adapter_bytes: bytes) -> None:
         for name in [name for name in tensors if name.startswith(PLACE)]:
             del tensors[name]
 
-    with pytest.raises(SnellaKeyError, match=f"no tensors for unet.{LAYER}; the file is incompl"):
+    with pytest.raises(SnellaKeyError, match=rf"no tensors for unet.{LAYER}; the file is incompl"):
         read_adapter(rebuilt(adapter_bytes, tensors=apply))
 
 
@@ -177,7 +177,7 @@ def test_state_dicts_hold_tensors_only(adapter_bytes: bytes) -> None:
         read_adapter({**tensors, "x": torch.zeros(1, dtype=torch.int64)})
     with pytest.raises(SnellaFileError, match=r"'x' is torch.float32 on meta"):
         read_adapter({**tensors, "x": torch.zeros(1, device="meta")})
-    with pytest.raises(SnellaFileError, match="snella.header is a int, expected text"):
+    with pytest.raises(SnellaFileError, match=r"snella.header is a int, expected text"):
         read_adapter({**tensors, "snella.header": 3})
 
 

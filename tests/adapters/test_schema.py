@@ -38,18 +38,18 @@ def test_another_major_version_is_refused(version: str, adapter_bytes: bytes) ->
     def change(header: dict[str, Any]) -> None:
         header["format"] = version
 
-    with pytest.raises(SnellaFileError, match=f"format {version}, this version reads format 1.x"):
+    with pytest.raises(SnellaFileError, match=rf"format {version}, this version reads format 1.x"):
         read_adapter(rebuilt(adapter_bytes, change, version=version))
 
 
 @pytest.mark.parametrize("version", ["", "1", "one.zero", "1.0.0", "1.²"])
 def test_a_version_that_is_none_is_refused(version: str, adapter_bytes: bytes) -> None:
-    with pytest.raises(SnellaSchemaError, match="snella.format is"):
+    with pytest.raises(SnellaSchemaError, match=r"snella.format is"):
         read_adapter(rebuilt(adapter_bytes, version=version))
 
 
 def test_two_versions_in_one_file_are_refused(adapter_bytes: bytes) -> None:
-    with pytest.raises(SnellaSchemaError, match="'format' is '1.0', the file says '1.1'"):
+    with pytest.raises(SnellaSchemaError, match=r"'format' is '1.0', the file says '1.1'"):
         read_adapter(rebuilt(adapter_bytes, version="1.1"))
 
 
@@ -63,7 +63,7 @@ def test_unknown_fields_of_a_later_minor_version_cost_one_warning(adapter_bytes:
         add_unknown(header)
         header["format"] = "1.1"
 
-    with pytest.warns(UserWarning, match=f"ignored: components.unet.layers.{LAYER}.colour, nov"):
+    with pytest.warns(UserWarning, match=rf"ignored: components.unet.layers.{LAYER}.colour, nov"):
         file = read_adapter(rebuilt(adapter_bytes, change, version="1.1"))
     assert "novelty" not in json.loads(file.header.to_json())
 
@@ -140,7 +140,7 @@ def test_layer_names_are_plain_paths(path: str, adapter_bytes: bytes) -> None:
         layers = header["components"]["unet"]["layers"]
         layers[path] = layers.pop(LAYER)
 
-    with pytest.raises(SnellaSchemaError, match="layer name .* is not a plain name"):
+    with pytest.raises(SnellaSchemaError, match=r"layer name .* is not a plain name"):
         read_adapter(rebuilt(adapter_bytes, change))
 
 

@@ -140,7 +140,7 @@ def test_broken_values_are_not_written(tmp_path: Path) -> None:
 
 
 def test_metadata_beyond_the_limits_is_not_written(tmp_path: Path, adapted: Components) -> None:
-    with pytest.raises(SnellaSchemaError, match="metadata.prompt"):
+    with pytest.raises(SnellaSchemaError, match=r"metadata.prompt"):
         save_adapter(tmp_path, adapted, metadata={"prompt": "x" * 2049})
     with pytest.raises(SnellaSchemaError, match="at most 64 items"):
         save_adapter(tmp_path, adapted, metadata={f"n{i}": i for i in range(65)})
