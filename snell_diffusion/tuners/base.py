@@ -195,7 +195,7 @@ def default_targets(model: nn.Module) -> list[str]:
             f"name ({', '.join(DEFAULT_TARGETS[:8])}, ...); set target_modules to names of its "
             f"layers, for example {shown(names, 4) or 'none: it has no Linear layer at all'}"
         )
-    return found
+    return sorted(found)
 
 
 def warn_about_merge_error(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ class Family:
 
     name: str
     base: nn.Module
-    run: Callable[[nn.Module], Tensor]
+    run: Callable[..., Tensor]
 
     def model(self) -> nn.Module:
         return deepcopy(self.base)
@@ -169,8 +169,8 @@ def family_named(name: str) -> Family:
     torch.manual_seed(0)
     base, inputs = BUILDERS[name]()
 
-    def run(model: nn.Module) -> Tensor:
-        output = model(**inputs)
+    def run(model: nn.Module, **more: Any) -> Tensor:
+        output = model(**inputs, **more)
         return output if isinstance(output, Tensor) else output[0]
 
     return Family(name, base.eval().requires_grad_(False), run)
@@ -192,3 +192,9 @@ def mlp_family() -> Family:
 def unet_family() -> Family:
     """The Stable Diffusion 1.5-like UNet alone."""
     return family_named("unet_sd15")
+
+
+@pytest.fixture
+def clip_family() -> Family:
+    """The CLIP text encoder alone."""
+    return family_named("clip_text")

@@ -130,9 +130,7 @@ def test_safe_merge_refuses_before_anything_is_written():
     original = layer.weight.clone()
     with torch.no_grad():
         layer.snella_A["default"][0, 0, 0] = torch.nan
-    with pytest.raises(
-        ValueError, match="would write NaN or infinite values .* nothing was changed"
-    ):
+    with pytest.raises(ValueError, match=r"would write NaN or infinite values .* nothing was"):
         layer.merge(safe_merge=True)
     assert torch.equal(layer.weight, original)
     assert not layer.merged
@@ -140,14 +138,12 @@ def test_safe_merge_refuses_before_anything_is_written():
 
 def test_safe_merge_of_a_model_is_all_or_nothing(mlp_family):
     model = get_peft_model(mlp_family.model(), SnellaConfig.paper(r=8, target_modules=["0", "2"]))
-    before = {n: p.clone() for n, p in model.named_parameters()}
+    first = model.base_model.model[0].weight.clone()
     with torch.no_grad():
         model.base_model.model[2].snella_B["default"].fill_(torch.inf)
     with pytest.raises(ValueError, match="merging adapter"):
         model.merge_adapter(safe_merge=True)
-    assert torch.equal(
-        model.base_model.model[0].weight, before["base_model.model.0.base_layer.weight"]
-    )
+    assert torch.equal(model.base_model.model[0].weight, first)
     assert not any(layer.merged for _, layer in delta_layers(model))
 
 
@@ -159,6 +155,7 @@ def test_merging_into_16_bits_warns_how_much_was_lost(mlp_family):
         model.merge_adapter()
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
 def test_merging_next_to_another_tuner_survives_any_order_of_unmerging(x):
     for lora_outside in (True, False):
         model = nn.Sequential(nn.Linear(I, O).requires_grad_(False))
@@ -166,9 +163,8 @@ def test_merging_next_to_another_tuner_survives_any_order_of_unmerging(x):
         lora = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
         snella = SnellaConfig.paper(r=8, seed=0, target_modules=["0"])
         configs = [("snella", snella), ("lora", lora)]
-        with pytest.warns(UserWarning, match="Already found a `peft_config`"):
-            for name, config in configs if lora_outside else configs[::-1]:
-                inject_adapter_in_model(config, model, name)
+        for name, config in configs if lora_outside else configs[::-1]:
+            inject_adapter_in_model(config, model, name)
         for module in model.modules():
             if hasattr(module, "base_layer"):
                 module.set_adapter(["snella", "lora"])
@@ -216,7 +212,7 @@ def test_a_packed_base_runs_unmerged_and_refuses_to_merge(x):
     layer = layer_on(PackedLinear())
     expected = F.linear(x, layer.base_layer.dense + layer.get_delta_weight("default"), layer.bias)
     torch.testing.assert_close(evaluate(layer, x), expected.detach())
-    with pytest.raises(ValueError, match="cannot merge .* PackedLinear .* dtype torch.uint8"):
+    with pytest.raises(ValueError, match=r"cannot merge .* PackedLinear .* dtype torch.uint8"):
         layer.merge()
 
 
@@ -396,7 +392,7 @@ def test_compiles_without_graph_breaks(x, training):
 
 @pytest.mark.parametrize("name", ["", "a.b", "keys", "weight.x"])
 def test_names_that_cannot_be_used(name):
-    with pytest.raises(ValueError, match="adapter name .* cannot be used: it must not be empty"):
+    with pytest.raises(ValueError, match=r"adapter name .* cannot be used: it must not be empty"):
         layer_on(name=name)
 
 
@@ -423,7 +419,7 @@ def test_an_adapter_name_is_used_once():
 
 def test_only_linear_layers_can_be_adapted():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(4, 4))
-    with pytest.raises(TypeError, match="wraps nn.Linear, but target module '0' is Conv2d"):
+    with pytest.raises(TypeError, match=r"wraps nn\.Linear, but target module '0' is Conv2d"):
         get_peft_model(model, SnellaConfig.paper(target_modules=["0"]))
 
 
