@@ -1,6 +1,7 @@
 import json
 import logging
 import math
+import re
 from typing import Any
 
 import pytest
