@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("runs") / "demo"
 CONFIG = Path("configs") / "dreambooth" / "demo.yaml"
-SUBJECT = "sks cat"
+SUBJECT = "a sks cat"
 PROMPTS = (
     f"a photo of {SUBJECT}",
     f"a photo of {SUBJECT} in the snow",
@@ -27,6 +27,7 @@ PROMPTS = (
 )
 COLUMNS = ("photo (a crop)", "base model", "with SNELLA")
 STEPS = 50
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}  # for this process and the child
 GUIDANCE = 4.0
 
 
@@ -36,19 +37,22 @@ def train() -> None:
     command += ["train_dreambooth_snella.py", "--config", str(CONFIG)]
     print("\n$ " + " ".join(["accelerate", *command[1:]]), flush=True)
     threads = str(os.cpu_count() or 1)  # accelerate takes one thread where this is not set
-    environment = {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", **os.environ}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    if subprocess.run(command, cwd=ROOT, env=environment).returncode:
+        sys.exit("the demo stops here: the training failed, its reason stands above")
 
 
 def draw(adapter: Path, photos: Sequence[Path]) -> Path:
     """Draw every prompt with the base and with the adapter, from the same seeds."""
     from diffusers import StableDiffusionPipeline
+    from diffusers.utils.logging import disable_progress_bar
     from PIL import Image
 
     import snell_diffusion  # noqa: F401  adds load_snella_weights to the pipeline
     from scripts.demo_picture import Row, comparison
     from snell_diffusion.models import embedded_path
 
+    disable_progress_bar()
     pipe = StableDiffusionPipeline.from_pretrained(embedded_path())
     pipe.set_progress_bar_config(disable=True)
     base = list(pictures(pipe))
@@ -102,6 +106,7 @@ def main() -> None:
 
     began = time.monotonic()
     os.chdir(ROOT)
+    os.environ.update(QUIET)
     photos, holdout = write_photos(FOLDER)
     print(f"photos to train on: {photos}, held out: {holdout}")
     run = Path(make_config(read_config(CONFIG), where=str(CONFIG)).output_dir)

@@ -53,7 +53,7 @@ def python_examples(page):
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
-    """A working folder with runs/demo/adapter, as make demo leaves it; the update is random."""
+    """A working folder with runs/demo/output, as make demo leaves it; the update is random."""
     from diffusers import StableDiffusionPipeline
 
     import snell_diffusion
@@ -62,7 +62,7 @@ def trained(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pipe = StableDiffusionPipeline.from_pretrained(embedded_path())
     pipe.unet.add_adapter(snell_diffusion.SnellaConfig.paper(r=4, seed=0))
-    pipe.save_snella_weights("runs/demo/adapter")
+    pipe.save_snella_weights("runs/demo/output")
 
 
 def test_readme_shows_a_short_example_that_runs(trained, tmp_path):

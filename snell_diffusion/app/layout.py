@@ -17,7 +17,7 @@ POLL = 2.0  # seconds between two looks at a run
 PIPELINE = {"concurrency_id": "pipeline", "concurrency_limit": 1}
 INTRO = f"""# SNELLA
 Teach a small text-to-image model one subject from a few photos. Everything stays on this machine.
-The word **{TOKEN}** in a prompt stands for your subject: *a photo of {TOKEN} cat in the snow*."""
+The word **{TOKEN}** in a prompt stands for your subject: *a photo of a {TOKEN} cat in the snow*."""
 
 
 def build(actions: Actions) -> gr.Blocks:
@@ -75,7 +75,7 @@ def _generate_tab(actions: Actions, chosen: gr.Dropdown) -> None:
         with gr.Column():
             chosen.render()
             prompt = gr.Textbox(
-                f"a photo of {TOKEN} cat in the snow", label="Prompt", max_length=MAX_PROMPT
+                f"a photo of a {TOKEN} cat in the snow", label="Prompt", max_length=MAX_PROMPT
             )
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
             strength = gr.Slider(0, 2, 1, step=0.05, label="Strength of the adapter")

@@ -72,7 +72,7 @@ def run(client, photos):
     return job
 
 
-def draw(client, job, prompt="a photo of sks cat", seed=0, strength=1.0, own=False, level=0.5):
+def draw(client, job, prompt="a photo of a sks cat", seed=0, strength=1.0, own=False, level=0.5):
     paths = client.predict(job, prompt, seed, strength, own, level, api_name="/generate")
     pictures = []
     for path in paths:
@@ -91,7 +91,7 @@ def test_a_run_leaves_its_files_and_a_new_page_lists_it(server, run):
     assert (folder / "run" / "pytorch_snella_weights.safetensors").is_file()
     assert sorted(p.name for p in (folder / "photos").iterdir()) == ["photo-00.png", "photo-01.png"]
     settings = yaml.safe_load((folder / "settings.yaml").read_text())
-    assert settings["instance_prompt"] == "a photo of sks cat"
+    assert settings["instance_prompt"] == "a photo of a sks cat"
     assert json.loads((folder / "run" / "status.json").read_text())["state"] == "finished"
 
 
