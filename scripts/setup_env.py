@@ -25,7 +25,7 @@ OLDEST = (3, 11)
 
 def check_interpreter() -> None:
     """Leave with a sentence where this Python cannot make a virtual environment."""
-    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    name = "python{}.{}".format(*sys.version_info)
     if sys.version_info < OLDEST:
         sys.exit(
             f"snell_diffusion needs Python 3.11 or newer and this is {platform.python_version()}; "
