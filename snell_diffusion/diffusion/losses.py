@@ -107,9 +107,9 @@ def dreambooth_loss(
 
 def stratified_timesteps(count: int, num_timesteps: int, draw: Tensor) -> Tensor:
     """One timestep in each of `count` equal parts of the schedule, from uniform `draw` [count]."""
-    return (
-        ((torch.arange(count) + draw) * (num_timesteps / count)).long().clamp_max(num_timesteps - 1)
-    )
+    # In float32 a part's last draw could round up into the next part.
+    places = torch.arange(count) + draw.double()
+    return (places * (num_timesteps / count)).long().clamp_max(num_timesteps - 1)
 
 
 def uniform_timesteps(num_timesteps: int, draw: Tensor) -> Tensor:

@@ -146,6 +146,9 @@ def train(
     while state.step < settings.steps:
         numbers, stopping = _one_step(state, loss_at, settings, accelerator, stop)
         on_step(numbers)
+        # Several processes must agree on the step, so there only the shared flag counts.
+        if accelerator.num_processes == 1:
+            stopping = stop.signum is not None
         if stopping and state.step < settings.steps:
             return True
     return False
