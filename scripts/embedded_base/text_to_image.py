@@ -15,7 +15,16 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .data import Composite, Painter, caption, sample_combination
+from .data import (
+    BACKGROUNDS,
+    CLASSES,
+    EARLY_BACKGROUNDS,
+    EARLY_CLASSES,
+    Composite,
+    Painter,
+    caption,
+    sample_combination,
+)
 from .tokenizer import MAX_LENGTH
 from .vae import LATENT_CHANNELS, to_tensor
 
@@ -27,14 +36,15 @@ CAPTIONS = 4  # caption variants per composite
 class BaseConfig:
     """How the diffusion model is trained."""
 
-    steps: int = 10000  # optimizer steps in all
+    steps: int = 9500  # optimizer steps in all
     batch: int = 32  # composites per step
     lr: float = 1e-3  # AdamW, peak
     warmup: int = 200  # steps of linear warm-up
     decay_from: float = 0.6  # share of the steps after which lr falls linearly to 0
-    wide_from: float = 0.75  # share of the steps after which wide-jitter shards join
-    shards: int = 12  # low-jitter shards; shard k joins at step 150 * (k - 1)
-    wide_shards: int = 4
+    early_shards: int = 12  # 20 classes, low jitter; shard k joins at step 150 * (k - 1)
+    full_from: int = 3600  # step at which shards of all classes and backgrounds start to join
+    full_shards: int = 14  # half of each has wide jitter; shard k joins at full_from + 200 * k
+    full_share: float = 0.8  # of a batch from then on
     caption_drop: float = 0.1  # share of captions replaced by ''
     ema: float = 0.999
     seed: int = 0
@@ -100,15 +110,22 @@ def write_shard(
     vae: AutoencoderKL,
     tokenizer: CLIPTokenizer,
     seed: int,
-    jitter: float,
+    full: bool,
 ) -> None:
-    """Paint, caption and encode SHARD composites; a finished shard is one .pt file."""
+    """Paint, caption and encode SHARD composites; a finished shard is one .pt file.
+
+    Args:
+        full: All classes and backgrounds, every second picture with wide jitter; else the early
+            classes and backgrounds with low jitter.
+    """
     rng = np.random.default_rng(seed)
-    whats: list[Composite] = [sample_combination(rng) for _ in range(SHARD)]
+    world = (tuple(CLASSES), tuple(BACKGROUNDS)) if full else (EARLY_CLASSES, EARLY_BACKGROUNDS)
+    whats: list[Composite] = [sample_combination(rng, *world) for _ in range(SHARD)]
+    jitters = (1.0, 2.0) if full else (1.0, 1.0)
     latents = torch.empty(SHARD, LATENT_CHANNELS, 16, 16, dtype=torch.float16)
     for start in range(0, SHARD, 100):
         chunk = whats[start : start + 100]
-        images = np.stack([painter.paint(w, rng, jitter) for w in chunk])
+        images = np.stack([painter.paint(w, rng, jitters[k % 2]) for k, w in enumerate(chunk)])
         with torch.no_grad():
             latents[start : start + 100] = vae.encode(to_tensor(images)).latent_dist.mode().half()
     texts = [caption(w, rng) for w in whats for _ in range(CAPTIONS)]
@@ -140,12 +157,13 @@ class ShardStream:
         self.folder, self.config = folder, config
         self.loaded: dict[str, dict[str, Tensor]] = {}
 
-    def names(self, step: int) -> list[str]:
+    def _pick(self, step: int, rng: np.random.Generator) -> tuple[str, int]:
+        """Shard name and row of one sample."""
         c = self.config
-        names = [f"low{k:02d}" for k in range(min(c.shards, 2 + step // 150))]
-        if step >= c.wide_from * c.steps:
-            names += [f"wide{k:02d}" for k in range(c.wide_shards)]
-        return names
+        joined = 1 + (step - c.full_from) // 200
+        if joined > 0 and rng.random() < c.full_share:
+            return f"full{rng.integers(min(c.full_shards, joined)):02d}", rng.integers(SHARD)
+        return f"low{rng.integers(min(c.early_shards, 2 + step // 150)):02d}", rng.integers(SHARD)
 
     def _shard(self, name: str) -> dict[str, Tensor]:
         path = self.folder / f"{name}.pt"
@@ -159,10 +177,7 @@ class ShardStream:
     def batch(self, step: int, empty: Tensor) -> tuple[Tensor, Tensor]:
         """Latents (B, 8, 16, 16) float32 and ids (B, 32) int64 of a step."""
         rng = np.random.default_rng([self.config.seed, step])
-        names = self.names(step)
-        picks = [
-            (names[rng.integers(len(names))], rng.integers(SHARD)) for _ in range(self.config.batch)
-        ]
+        picks = [self._pick(step, rng) for _ in range(self.config.batch)]
         z = torch.stack([self._shard(n)["latents"][i] for n, i in picks]).float()
         ids = torch.stack(
             [self._shard(n)["ids"][i, rng.integers(CAPTIONS)] for n, i in picks]

@@ -13,7 +13,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
-from .data import SIZE, Painter, sample_combination
+from .data import Painter, sample_combination
+from .scenes import SIZE
 
 LATENT_CHANNELS = 8
 PHOTOS = (  # files of skimage.data: CC0 or public domain
