@@ -10,7 +10,6 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -21,43 +20,23 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from snell_diffusion.core import merged_linear
+from snell_diffusion.tuners.scale import CallScale
+from snell_diffusion.tuners.weights import (
+    HALVES,
+    CachedDelta,
+    Merged,
+    fold,
+    has_plain_weight,
+    is_plain_linear,
+    realised_error,
+)
 
 if TYPE_CHECKING:
     from snell_diffusion.tuners.base import DeltaConfig
 
 __all__ = ["DeltaLayer"]
 
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-HALVES = (torch.float16, torch.bfloat16)
-
 DeltaFn = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What `unmerge` needs: the weight before, a hash of the weight after, the scales merged."""
-
-    original: Tensor
-    written: Tensor
-    scales: dict[str, float]
-
-
-@dataclass(frozen=True)
-class CachedDelta:
-    """The summed update of the active adapters, valid while nothing it came from has changed."""
-
-    delta: Tensor
-    sources: tuple[Tensor, ...]
-    versions: tuple[int, ...]
-    scales: tuple[tuple[str, float], ...]
-
-    def fits(self, sources: Sequence[Tensor], scales: tuple[tuple[str, float], ...]) -> bool:
-        return (
-            self.scales == scales
-            and len(self.sources) == len(sources)
-            and all(old is new for old, new in zip(self.sources, sources, strict=True))
-            and self.versions == tuple(tensor._version for tensor in sources)
-        )
 
 
 class DeltaLayer(nn.Module, BaseTunerLayer):
@@ -120,8 +99,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.trained_sparsity: dict[str, dict[str, Tensor]] = {}
         self.merged_adapters: list[str] = []
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
-        self._call_factors: list[float] = []
-        self._zeroed: set[str] = set()
+        self._call_scale = CallScale()
         self._merged: Merged | None = None
         self._cached: CachedDelta | None = None
         self._active_adapter = adapter_name
@@ -220,38 +198,23 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """
         if adapter not in self.weights:
             return
-        if adapter in self._zeroed:
-            # diffusers ends a call at scale 0 by set_scale(adapter, 1.0): end it, keep the weight.
-            self._zeroed.discard(adapter)
-            self._call_factors = [factor for factor in self._call_factors if factor != 0]
-        else:
+        if not self._call_scale.ends_zero_call(adapter):
             self.weights[adapter] = float(scale)
         self._refresh_scaling()
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scale of this layer for the time of a call, until `unscale_layer`."""
-        if scale == 1:
-            return
-        self._call_factors.append(float(scale))
-        if scale == 0:
-            self._zeroed = set(self._applicable())
+        self._call_scale.push(scale, self._applicable())
         self._refresh_scaling()
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Undo `scale_layer(scale)` exactly; None undoes all of them."""
-        if scale is None:
-            self._call_factors.clear()
-        elif scale in self._call_factors:
-            self._call_factors.remove(scale)
-        if 0 not in self._call_factors:
-            self._zeroed.clear()
+        self._call_scale.pop(scale)
         self._refresh_scaling()
 
     def _refresh_scaling(self) -> None:
-        factor = 1.0
-        for call_factor in self._call_factors:
-            factor *= call_factor
         for adapter, weight in self.weights.items():
+            factor = self._call_scale.product()
             self.scaling[adapter] = self.configs[adapter].scale * weight * factor
 
     # The update
@@ -291,6 +254,11 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def clear_cache(self) -> None:
         """Forget the cached update; needed only after writing through `parameter.data`."""
         self._cached = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # Moving and casting change a parameter's data without counting as a change of version.
+        self.clear_cache()
+        return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> "DeltaLayer":
         self.clear_cache()
@@ -472,20 +440,6 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return f"{type(self).__module__.rpartition('.')[2]}.{super().__repr__()}"
 
 
-def fold(weight: Tensor, delta: Tensor) -> Tensor:
-    """W + ΔW, summed in float32 or better and rounded once to the weight's dtype."""
-    wide = torch.promote_types(weight.dtype, delta.dtype)
-    return (weight.to(wide) + delta).to(weight.dtype)
-
-
-def realised_error(weight: Tensor, merged: Tensor, delta: Tensor) -> float:
-    """|merged - weight - ΔW| / |ΔW| in Frobenius norms, 0.0 where ΔW is zero."""
-    wide = torch.promote_types(weight.dtype, delta.dtype)
-    norm = torch.linalg.vector_norm(delta)
-    off = torch.linalg.vector_norm(merged.to(wide) - weight.to(wide) - delta)
-    return float(off / norm) if norm > 0 else 0.0
-
-
 def layer_generator(seed: int | None, key: str) -> torch.Generator | None:
     """A CPU generator that depends on seed and module path alone; None is torch's global one.
 
@@ -495,21 +449,3 @@ def layer_generator(seed: int | None, key: str) -> torch.Generator | None:
         return None
     digest = sha256(f"{seed}:{key}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def has_plain_weight(linear: nn.Linear) -> bool:
-    """Whether the weight is a matrix of floats as it stands: not quantized, packed or sharded."""
-    weight = linear.weight
-    return type(weight) in (nn.Parameter, Tensor) and weight.dtype in FLOATS and weight.ndim == 2
-
-
-def is_plain_linear(layer: nn.Module) -> bool:
-    """Whether calling the layer is exactly `F.linear` on its weight: no wrapper, hook or patch."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return bool(
-        isinstance(layer, nn.Linear)
-        and type(layer).forward is nn.Linear.forward
-        and "forward" not in vars(layer)
-        and not any(getattr(layer, name) for name in hooks)
-        and has_plain_weight(layer)
-    )

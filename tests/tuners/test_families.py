@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import (
     LoraConfig,
+    PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -245,14 +246,11 @@ def fill_lora(model: nn.Module) -> None:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
+@pytest.mark.parametrize("family", ["clip_text", "vit", "mlp"], indirect=True)
 def test_peft_model_saves_loads_and_unloads(family, tmp_path):
-    if family.name in ("unet_sd15", "unet_sdxl", "sd3", "flux"):
-        pytest.skip("PeftModel is for transformers models; diffusers models use add_adapter")
     model = get_peft_model(family.model(), PAPER(**targets(family)))
     train_a_little(model)
     model.eval().save_pretrained(tmp_path)
-    from peft import PeftModel
-
     loaded = PeftModel.from_pretrained(family.model(), tmp_path).eval()
     assert torch.equal(run(family, loaded), run(family, model))
     merged = loaded.merge_and_unload(safe_merge=True)

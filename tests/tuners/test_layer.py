@@ -256,6 +256,17 @@ def test_the_update_is_cached_until_something_changes(x):
         layer.cache_in_eval = True
 
 
+def test_casting_the_model_drops_the_cache(x):
+    layer = layer_on()
+    evaluate(layer, x)
+    layer.double()
+    with torch.no_grad():
+        expected = F.linear(
+            x.double(), layer.weight + layer.get_delta_weight("default"), layer.bias
+        )
+    assert torch.equal(evaluate(layer, x.double()), expected)
+
+
 def test_changing_the_base_weight_is_seen_at_once(x):
     layer = layer_on()
     evaluate(layer, x)
