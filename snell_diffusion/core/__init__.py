@@ -1,6 +1,7 @@
 """The papers' mathematics: update matrices, sparsity, merging, allocation. Needs torch alone."""
 
-from .allocator import METRICS, Allocator, apportion
+from .allocator import METRICS, Allocator
+from .apportion import apportion
 from .kernels import GAMMA_MIN, distance_kernel, linear_kernel, mix, positive_gamma
 from .merge import merged_linear
 from .sparsify import (

@@ -13,12 +13,13 @@ that moved it. N_l is the number of entries of layer l, I_l * O_l.
 import logging
 import math
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .apportion import apportion
+from .precision import full
 from .sparsify import sparsity_for
 
 METRICS = ("ipt", "mag", "w_mag")
@@ -231,9 +232,8 @@ class Allocator:
     def _sensitivity(self, p: Tensor | None, grad: Tensor | None) -> Tensor | None:
         if p is None or (grad is None and self.metric == "ipt"):
             return None
-        p = p.detach()
-        value = p if self.metric == "mag" or grad is None else p * grad.detach()
-        return value.abs().to(torch.promote_types(value.dtype, torch.float32))
+        p = full(p.detach())
+        return p.abs() if self.metric == "mag" or grad is None else (p * full(grad.detach())).abs()
 
     def _smooth(self, key: str, P: Tensor, finite: Tensor) -> None:
         zero = torch.zeros_like(P)
@@ -255,59 +255,17 @@ class Allocator:
     def _raw_scores(self) -> dict[str, float]:
         if self.metric == "w_mag":
             return {name: self._magnitudes.get(name, 0.0) for name in self.sizes}
-        return {name: self._score(f"A.{name}") + self._score(f"B.{name}") for name in self.sizes}
-
-    def _score(self, key: str) -> float:
-        if f"I.{key}" not in self._smoothed:
-            return 0.0
-        I, U = self._smoothed[f"I.{key}"], self._smoothed[f"U.{key}"]
-        return float((I.double() * U.double()).mean())
-
-
-def apportion(
-    total: int, sizes: Mapping[str, int], weights: Mapping[str, float], exact: bool = True
-) -> dict[str, int]:
-    """Divide `total` entries among layers in proportion to their weights, none above its size.
-
-    What a full layer cannot take goes to the layers with room, again in proportion to their
-    weights, or evenly if these are all zero. Whole numbers by largest remainder, ties by name; the
-    arithmetic is rational, so the result adds up to `total` and is the same in any layer order.
-
-    Args:
-        total: Entries to divide, at least 0; more than all sizes together fills every layer.
-        sizes: Capacity of each layer.
-        weights: Finite weight of each layer, at least 0.
-        exact: If false, shares are truncated and up to one entry per layer is lost, as in the
-            public code.
-
-    Returns:
-        Entries per layer, in the order of `sizes`.
-    """
-    total = min(total, sum(sizes.values()))
-    share = dict.fromkeys(sizes, Fraction(0))
-    positive = {name: Fraction(weights[name]) for name in sizes if weights[name] > 0}
-    rest = _fill(share, total, sizes, positive)
-    _fill(share, rest, sizes, {name: Fraction(1) for name in sizes if name not in positive})
-    keep = {name: math.floor(s) for name, s in share.items()}
-    if exact:
-        by_remainder = sorted(sizes, key=lambda name: (keep[name] - share[name], name))
-        for name in by_remainder[: total - sum(keep.values())]:
-            keep[name] += 1
-    return keep
+        keys = [k[2:] for k in self._smoothed if k.startswith("I.")]
+        products = [
+            (_double(self._smoothed[f"I.{key}"]) * _double(self._smoothed[f"U.{key}"])).mean()
+            for key in keys
+        ]
+        # Read together: one wait for the device in place of one per factor.
+        values = torch.stack([z.to(products[0].device) for z in products]).tolist() if keys else []
+        mean = dict(zip(keys, values, strict=True))
+        return {n: mean.get(f"A.{n}", 0.0) + mean.get(f"B.{n}", 0.0) for n in self.sizes}
 
 
-def _fill(
-    share: dict[str, Fraction], rest: int, sizes: Mapping[str, int], weight: dict[str, Fraction]
-) -> int:
-    """Fill `share` in proportion to positive weights; returns what found no room."""
-    open_weight = sum(weight.values(), Fraction(0))
-    by_fullness = sorted(weight, key=lambda name: (sizes[name] / weight[name], name))
-    for position, name in enumerate(by_fullness):
-        if rest * weight[name] < sizes[name] * open_weight:
-            with_room = by_fullness[position:]
-            share.update({n: rest * weight[n] / open_weight for n in with_room})
-            return 0
-        share[name] = Fraction(sizes[name])
-        rest -= sizes[name]
-        open_weight -= weight[name]
-    return rest
+def _double(t: Tensor) -> Tensor:
+    """float64, on the CPU for devices without it; products of weak signals vanish in float32."""
+    return (t.cpu() if t.device.type == "mps" else t).double()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from .precision import full, no_autocast
 
@@ -106,7 +106,7 @@ class _ProductForm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, A: Tensor, B: Tensor, signs: Tensor) -> Tensor:
+    def forward(ctx: Any, A: Tensor, B: Tensor, signs: Tensor) -> Tensor:
         d = [_distances(a, b) for a, b in _centred(A, B)]
         ctx.save_for_backward(A, B, signs, *d)
         K = signs[0] * d[0]

@@ -42,21 +42,22 @@ def merged_linear(
         y, [..., O], in the dtype `F.linear(x, weight, bias)` has.
     """
     if torch.compiler.is_compiling():
-        return F.linear(x, _effective(weight, _delta(delta_fn, params)), bias)
+        return F.linear(x, _fold(weight, _delta(delta_fn, params, weight)), bias)
     y: Tensor = _MergedLinear.apply(delta_fn, x, weight, bias, *params)
     return y
 
 
-def _delta(delta_fn: DeltaFn, params: Sequence[Tensor]) -> Tensor:
-    with no_autocast(params[0].device):
-        return delta_fn(*params)
-
-
-def _effective(weight: Tensor, delta: Tensor) -> Tensor:
+def _delta(delta_fn: DeltaFn, params: Sequence[Tensor], weight: Tensor) -> Tensor:
+    with no_autocast(weight.device):
+        delta = delta_fn(*params)
     if delta.shape != weight.shape:
         raise ValueError(
             f"delta_fn must return [O, I] = {list(weight.shape)}, got {list(delta.shape)}"
         )
+    return delta
+
+
+def _fold(weight: Tensor, delta: Tensor) -> Tensor:
     return (delta.contiguous() + weight).to(weight.dtype)
 
 
@@ -72,22 +73,22 @@ class _MergedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.delta_fn = delta_fn
         ctx.save_for_backward(x, weight, *params)
-        return F.linear(x, _effective(weight, _delta(delta_fn, params)), bias)
+        return F.linear(x, _fold(weight, _delta(delta_fn, params, weight)), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *params = ctx.saved_tensors
         _, need_x, need_weight, need_bias, *need_params = ctx.needs_input_grad
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device):
             leaves = [
                 p.detach().requires_grad_(n) for p, n in zip(params, need_params, strict=True)
             ]
             with torch.set_grad_enabled(any(need_params)):
-                delta = ctx.delta_fn(*leaves)
+                delta = _delta(ctx.delta_fn, leaves, weight)
             gx = gweight = None
             if need_x:
-                gx = (gy @ _effective(weight, delta.detach()).to(gy.dtype)).to(x.dtype)
+                gx = (gy @ _fold(weight, delta.detach()).to(gy.dtype)).to(x.dtype)
             if need_weight or any(need_params):
                 gweight = _weight_gradient(gy, x, transposed=delta.mT.is_contiguous())
             gbias = gy.reshape(-1, gy.shape[-1]).sum(0) if need_bias else None

@@ -189,8 +189,11 @@ def _position(size: int, sparsity: float) -> float:
 def _order_statistics(a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The values of rank `rank` and `rank + 1` (from 0, ascending) of a 1-D tensor, which it may
     reorder. At the last rank both are the largest."""
-    last = a.numel() - 1
-    if a.device.type == "cpu" and type(a) is Tensor and not torch.compiler.is_compiling():
-        a.numpy().partition(rank)  # 20 times faster than kthvalue at 768 x 768
-        return a[rank], a[rank + 1 :].amin() if rank < last else a[rank]
-    return a.kthvalue(rank + 1).values, a.kthvalue(min(rank + 1, last) + 1).values
+    following = min(rank + 1, a.numel() - 1)
+    if a.device.type != "cpu":  # torch counts kthvalue among the non-deterministic on CUDA
+        ordered = a.sort().values
+        return ordered[rank], ordered[following]
+    if type(a) is not Tensor or torch.compiler.is_compiling():  # no memory to hand to numpy
+        return a.kthvalue(rank + 1).values, a.kthvalue(following + 1).values
+    a.numpy().partition(rank)  # 20 times faster than kthvalue at 768 x 768
+    return a[rank], a[following:].amin()

@@ -55,17 +55,22 @@ def test_a_level_for_a_count_keeps_that_count(size: int, share: float) -> None:
 
 @SMALL
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), level=LEVELS, seed=st.integers(0, 9))
-@pytest.mark.parametrize("selection", ["partition", "kthvalue"])
+@pytest.mark.parametrize("compiling", [False, True])
 def test_threshold_is_the_quantile(
-    selection: str, rows: int, columns: int, level: float, seed: int
+    compiling: bool, rows: int, columns: int, level: float, seed: int
 ) -> None:
     w = matrix(rows, columns, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.compiler, "is_compiling", lambda: selection == "kthvalue")
+        patch.setattr(torch.compiler, "is_compiling", lambda: compiling)
         t = threshold(w, level)
     want = torch.quantile(w.abs().flatten(), level)
     torch.testing.assert_close(t, want, rtol=1e-14, atol=0)
     assert t.shape == ()
+
+
+def test_threshold_on_other_devices_needs_no_value() -> None:
+    t = threshold(torch.empty(5, 6, device="meta"), 0.5)
+    assert (t.shape, t.device.type) == ((), "meta")
 
 
 def test_threshold_leaves_its_input_alone() -> None:
