@@ -1,0 +1,1 @@
+"""Measures of personalization and comparisons: `python -m snell_diffusion.evaluation`."""
