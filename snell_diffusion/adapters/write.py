@@ -145,13 +145,22 @@ def describe(
             "format": limits.FORMAT,
             "writer": f"snell_diffusion {__version__}",
             "requires": sorted({part["method"] for part in parts.values()}),
-            "origin": dict(base or {}),
+            "origin": {name: _origin(value) for name, value in (base or {}).items()},
             "components": parts,
             "metadata": dict(metadata or {}),
         },
         f"adapter {adapter_name!r}",
     )
     return header, tensors
+
+
+def _origin(value: str | None) -> str | None:
+    """A text for people, within the limits; of a local folder only its own name is told."""
+    if value is None:
+        return None
+    if os.path.exists(value):
+        value = Path(value).resolve().name
+    return value[: limits.MAX_STRING]
 
 
 def _component(model: nn.Module, config: Any) -> dict[str, Any]:

@@ -526,8 +526,6 @@ def _by_component(models: Mapping[str, nn.Module], weight: Weight) -> dict[str, 
 
 
 def _origin(pipe: Any) -> dict[str, str | None]:
-    """Pipeline class and base name for the header; of a local folder only its own name."""
+    """Pipeline class and base name for the header."""
     source = str(getattr(pipe, "name_or_path", None) or "") or None
-    if source is not None and Path(source).exists():
-        source = Path(source).resolve().name
     return {"pipeline": type(pipe).__name__, "source": source}

@@ -167,3 +167,15 @@ def test_state_with_header_is_read_as_the_file_is(adapted: Components) -> None:
     assert isinstance(state["snella.header"], str)
     file = read_adapter(state)
     assert file.header.components == read_adapter(adapter_file_bytes(adapted)).header.components
+
+
+def test_of_a_local_base_only_the_folder_name_is_told(tmp_path: Path, adapted: Components) -> None:
+    folder = tmp_path / "my-base"
+    folder.mkdir()
+    data = adapter_file_bytes(adapted, base={"source": str(folder), "revision": "x" * 999})
+    origin = read_adapter(data).header.origin
+    assert (origin.source, len(origin.revision or "")) == ("my-base", 256)
+    assert (
+        read_adapter(adapter_file_bytes(adapted, base={"source": None})).header.origin.source
+        is None
+    )
