@@ -82,6 +82,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self, base_layer: nn.Module, adapter_name: str, config: "DeltaConfig", key: str
     ) -> None:
         super().__init__()
+        # A loaded pipeline is in eval mode; in training mode a fresh layer would drop and not cache.
+        self.training = base_layer.training
         self.base_layer = base_layer
         linear = self.get_base_layer()
         if not isinstance(linear, nn.Linear):

@@ -12,7 +12,7 @@ from snell_diffusion.training.adapter_tensors import adapter_tensors
 from snell_diffusion.training.checkpoints import Checkpoint
 from snell_diffusion.training.ema import AdapterEma
 from snell_diffusion.training.errors import NonFiniteError
-from snell_diffusion.training.loop import LossAt, LoopSettings, TrainState, train
+from snell_diffusion.training.loop import LoopSettings, LossAt, TrainState, train
 from snell_diffusion.training.randomness import normal
 from snell_diffusion.training.signals import StopRequest
 from snell_diffusion.tuners import Competition
@@ -141,7 +141,7 @@ def test_a_bad_loss_changes_nothing(bad: float) -> None:
         loss, parts = loss_of(model)(step, micro)
         return loss * (bad if step == 3 else 1.0), parts
 
-    with pytest.raises(NonFiniteError, match="loss is (nan|inf) at step 3, learning rate"):
+    with pytest.raises(NonFiniteError, match=r"loss is (nan|inf) at step 3, learning rate"):
         go(state, broken, STEPS)
     assert state.step == 2
     after = snapshot(state)
