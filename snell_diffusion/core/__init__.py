@@ -3,7 +3,7 @@
 from .allocator import METRICS, Allocator
 from .apportion import apportion
 from .kernels import GAMMA_MIN, distance_kernel, linear_kernel, mix, positive_gamma
-from .merge import merged_linear
+from .merge import fold, merged_linear
 from .sparsify import (
     LIVE_AT_ZERO,
     RULES,
@@ -26,6 +26,7 @@ __all__ = [
     "apportion",
     "dense",
     "distance_kernel",
+    "fold",
     "kept_count",
     "linear_kernel",
     "merged_linear",

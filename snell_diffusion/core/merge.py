@@ -42,7 +42,7 @@ def merged_linear(
         y, [..., O], in the dtype `F.linear(x, weight, bias)` has.
     """
     if torch.compiler.is_compiling():
-        return F.linear(x, _fold(weight, _delta(delta_fn, params, weight)), bias)
+        return F.linear(x, fold(weight, _delta(delta_fn, params, weight)), bias)
     y: Tensor = _MergedLinear.apply(delta_fn, x, weight, bias, *params)
     return y
 
@@ -57,7 +57,8 @@ def _delta(delta_fn: DeltaFn, params: Sequence[Tensor], weight: Tensor) -> Tenso
     return delta
 
 
-def _fold(weight: Tensor, delta: Tensor) -> Tensor:
+def fold(weight: Tensor, delta: Tensor) -> Tensor:
+    """W0 + Delta [O, I], summed in the wider of both dtypes and rounded once to that of W0."""
     return (delta.contiguous() + weight).to(weight.dtype)
 
 
@@ -73,7 +74,7 @@ class _MergedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.delta_fn = delta_fn
         ctx.save_for_backward(x, weight, *params)
-        return F.linear(x, _fold(weight, _delta(delta_fn, params, weight)), bias)
+        return F.linear(x, fold(weight, _delta(delta_fn, params, weight)), bias)
 
     @staticmethod
     @once_differentiable
@@ -88,7 +89,7 @@ class _MergedLinear(torch.autograd.Function):
                 delta = _delta(ctx.delta_fn, leaves, weight)
             gx = gweight = None
             if need_x:
-                gx = (gy @ _fold(weight, delta.detach()).to(gy.dtype)).to(x.dtype)
+                gx = (gy @ fold(weight, delta.detach()).to(gy.dtype)).to(x.dtype)
             if need_weight or any(need_params):
                 gweight = _weight_gradient(gy, x, transposed=delta.mT.is_contiguous())
             gbias = gy.reshape(-1, gy.shape[-1]).sum(0) if need_bias else None

@@ -39,10 +39,7 @@ def sparsity_for(size: int, keep: int) -> float:
     """
     if not 0 <= keep <= size:
         raise ValueError(f"keep must be 0 to {size}, the size of the matrix, got {keep}")
-    sparsity = (size - keep) / size
-    if keep == size or kept_count(size, sparsity) == keep:
-        return sparsity
-    return (size - keep - 0.5) / (size - 1)  # beyond 2^26 entries the ratio may round across a rank
+    return (size - keep) / size
 
 
 def threshold(w: Tensor, sparsity: float) -> Tensor:
