@@ -19,13 +19,12 @@ from accelerate.hooks import AlignDevicesHook  # type: ignore[import-untyped]
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from snell_diffusion.core import merged_linear
+from snell_diffusion.core import fold, merged_linear
 from snell_diffusion.tuners.scale import CallScale
 from snell_diffusion.tuners.weights import (
     HALVES,
     CachedDelta,
     Merged,
-    fold,
     has_plain_weight,
     is_plain_linear,
     realised_error,
@@ -82,7 +81,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self, base_layer: nn.Module, adapter_name: str, config: "DeltaConfig", key: str
     ) -> None:
         super().__init__()
-        # A loaded pipeline is in eval mode; in training mode a fresh layer would drop and not cache.
+        # In a loaded pipeline (eval mode) a fresh layer must neither drop inputs nor skip the cache.
         self.training = base_layer.training
         self.base_layer = base_layer
         linear = self.get_base_layer()
@@ -277,7 +276,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         if keep and self._cached is not None and self._cached.fits(sources, scales):
             return self._cached.delta
         fn, params = self._combined(adapters)
-        delta = fn(*params)
+        delta = fn(*params).contiguous()
         if keep:
             versions = tuple(tensor._version for tensor in sources)
             self._cached = CachedDelta(delta, tuple(sources), versions, scales)

@@ -1,4 +1,4 @@
-"""Base weights and updates: their sum, what rounding loses of it, and which bases allow it.
+"""Base weights and updates: what rounding loses of their sum, and which bases allow it.
 
 Weights and updates are (O, I) = (out features, in features).
 """
@@ -9,7 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["HALVES", "CachedDelta", "Merged", "fold", "has_plain_weight", "is_plain_linear"]
+__all__ = [
+    "HALVES",
+    "CachedDelta",
+    "Merged",
+    "has_plain_weight",
+    "is_plain_linear",
+    "realised_error",
+]
 
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float64, torch.float32, *HALVES)
@@ -40,12 +47,6 @@ class CachedDelta:
             and all(old is new for old, new in zip(self.sources, sources, strict=True))
             and self.versions == tuple(tensor._version for tensor in sources)
         )
-
-
-def fold(weight: Tensor, delta: Tensor) -> Tensor:
-    """W + ΔW, summed in float32 or better and rounded once to the weight's dtype."""
-    wide = torch.promote_types(weight.dtype, delta.dtype)
-    return (weight.to(wide) + delta).to(weight.dtype)
 
 
 def realised_error(weight: Tensor, merged: Tensor, delta: Tensor) -> float:

@@ -422,6 +422,12 @@ def test_names_that_can(name, mlp_family, tmp_path):
     assert torch.equal(mlp_family.run(loaded), expected)
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_fresh_layer_is_in_its_bases_mode(mode):
+    base = nn.Linear(I, O).train(mode)
+    assert SnellaLayer(base, "default", SnellaConfig.paper(r=8), "layer").training is mode
+
+
 def test_an_adapter_name_is_used_once():
     layer = layer_on()
     with pytest.raises(ValueError, match="'default' already exists in this layer"):
