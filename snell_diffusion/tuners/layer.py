@@ -81,7 +81,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self, base_layer: nn.Module, adapter_name: str, config: "DeltaConfig", key: str
     ) -> None:
         super().__init__()
-        # In a loaded pipeline (eval mode) a fresh layer must neither drop inputs nor skip the cache.
+        # In a loaded pipeline (eval mode) a fresh layer must neither drop inputs nor recompute.
         self.training = base_layer.training
         self.base_layer = base_layer
         linear = self.get_base_layer()
