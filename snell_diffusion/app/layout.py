@@ -110,17 +110,20 @@ def _said(function: Callable[..., Any]) -> Callable[..., Any]:
 def _choices(actions: Actions) -> Callable[[], Any]:
     def choices() -> Any:
         runs = actions.runs()
-        update = gr.update(choices=runs, value=runs[0][1] if runs else None)
-        return update, update
+        return _both(runs, runs[0][1] if runs else None)
 
     return choices
+
+
+def _both(runs: list[tuple[str, str]], job: str | None) -> tuple[Any, Any]:
+    # one update each: gradio consumes the keys of the update it is given
+    return gr.update(choices=runs, value=job), gr.update(choices=runs, value=job)
 
 
 def _started(actions: Actions) -> Callable[..., Any]:
     def train(photos: list[str] | None, word: str, steps: int, seed: int) -> Any:
         job = actions.train(photos or [], word, steps, seed)
-        update = gr.update(choices=actions.runs(), value=job)
-        return update, update
+        return _both(actions.runs(), job)
 
     return train
 

@@ -53,7 +53,9 @@ def photos(tmp_path_factory):
 
 def train(client, photos, word="cat", steps=2, seed=0):
     """Id of the run; the endpoint answers with an update of the list of runs."""
-    return client.predict(photos, word, steps, seed, api_name="/train")[0]["value"]
+    updates = client.predict(photos, word, steps, seed, api_name="/train")
+    assert updates[0] == updates[1]
+    return updates[0]["value"]
 
 
 def wait_until_done(client, job):
@@ -83,10 +85,12 @@ def draw(client, job, prompt="a photo of a sks cat", seed=0, strength=1.0, own=F
 
 def test_a_run_leaves_its_files_and_a_new_page_lists_it(server, run):
     visitor = Client(server[0], verbose=False)
-    title, job = visitor.predict(api_name="/runs")[0]["choices"][0]
+    updates = visitor.predict(api_name="/runs")
     visitor.close()
-    assert job == run
-    assert title.startswith("cat, 2 photos, 2 steps (")
+    for update in updates:
+        title, job = update["choices"][0]
+        assert update["value"] == job == run
+        assert title.startswith("cat, 2 photos, 2 steps (")
     folder = server[1] / run
     assert (folder / "run" / "pytorch_snella_weights.safetensors").is_file()
     assert sorted(p.name for p in (folder / "photos").iterdir()) == ["photo-00.png", "photo-01.png"]
