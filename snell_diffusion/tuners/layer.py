@@ -25,6 +25,7 @@ from snell_diffusion.tuners.weights import (
     HALVES,
     CachedDelta,
     Merged,
+    fingerprint,
     has_plain_weight,
     is_plain_linear,
     realised_error,
@@ -48,8 +49,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     them. Set `fold_16bit` on a layer or on the class to trade that for speed.
 
     With gradients off and in eval mode the summed ΔW is kept until a parameter, level, scale or the
-    active set changes (4 bytes per weight; `cache_in_eval = False` turns it off). Writing through
-    `parameter.data` goes unnoticed by torch's version counters: call `clear_cache()` after it.
+    active set changes (4 bytes per weight; `cache_in_eval = False` turns it off). Parameters that
+    require gradients are compared by content, since fused optimizers count no versions; in frozen
+    ones, writing through `parameter.data` goes unnoticed: call `clear_cache()` after it.
 
     Attributes:
         r: Rank by adapter.
@@ -253,7 +255,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return fn, tuple(tensor for name in adapters for tensor in self.delta_params(name))
 
     def clear_cache(self) -> None:
-        """Forget the cached update; needed only after writing through `parameter.data`."""
+        """Forget the cached update; needed after writing through a frozen parameter's data."""
         self._cached = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -278,8 +280,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         fn, params = self._combined(adapters)
         delta = fn(*params).contiguous()
         if keep:
-            versions = tuple(tensor._version for tensor in sources)
-            self._cached = CachedDelta(delta, tuple(sources), versions, scales)
+            self._cached = CachedDelta.of(delta, sources, scales)
         return delta
 
     # Forward
@@ -392,7 +393,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         before = self._merged
         self._merged = Merged(
             original=before.original if before else original,
-            written=torch.hash_tensor(weight.detach()),
+            written=fingerprint(weight),
             scales={
                 **(before.scales if before else {}),
                 **{name: self.scaling[name] for name in adapters},
@@ -413,7 +414,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         weight, merged = self.get_base_layer().weight, self._merged
         with torch.no_grad():
             cast = weight.dtype != merged.original.dtype
-            if cast or torch.equal(torch.hash_tensor(weight.detach()), merged.written):
+            if cast or torch.equal(fingerprint(weight), merged.written):
                 weight.copy_(merged.original)
             else:
                 fn, params = self._combined(self.merged_adapters, merged.scales)

@@ -13,6 +13,7 @@ __all__ = [
     "HALVES",
     "CachedDelta",
     "Merged",
+    "fingerprint",
     "has_plain_weight",
     "is_plain_linear",
     "realised_error",
@@ -22,9 +23,19 @@ HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float64, torch.float32, *HALVES)
 
 
+def fingerprint(tensor: Tensor) -> Tensor:
+    """Two int64 that change with the content: the XOR of all bits, and the bits of the sum.
+
+    XOR alone is blind where an even number of entries change alike.
+    """
+    tensor = tensor.detach()
+    total = tensor.sum(dtype=torch.float64)
+    return torch.stack([torch.hash_tensor(tensor).view(torch.int64), total.view(torch.int64)])
+
+
 @dataclass(frozen=True)
 class Merged:
-    """What `unmerge` needs: the weight before, a hash of the weight after, the scales merged."""
+    """What `unmerge` needs: the weight before, a fingerprint of it after, the scales merged."""
 
     original: Tensor
     written: Tensor
@@ -37,16 +48,31 @@ class CachedDelta:
 
     delta: Tensor
     sources: tuple[Tensor, ...]
-    versions: tuple[int, ...]
     scales: tuple[tuple[str, float], ...]
+    versions: tuple[int, ...]
+    contents: tuple[Tensor, ...]
+
+    @classmethod
+    def of(
+        cls, delta: Tensor, sources: Sequence[Tensor], scales: tuple[tuple[str, float], ...]
+    ) -> "CachedDelta":
+        return cls(delta, tuple(sources), scales, *cls._state(sources))
+
+    @staticmethod
+    def _state(sources: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
+        # Fused optimizers change parameters without counting versions.
+        contents = tuple(fingerprint(tensor) for tensor in sources if tensor.requires_grad)
+        return tuple(tensor._version for tensor in sources), contents
 
     def fits(self, sources: Sequence[Tensor], scales: tuple[tuple[str, float], ...]) -> bool:
-        return (
-            self.scales == scales
-            and len(self.sources) == len(sources)
-            and all(old is new for old, new in zip(self.sources, sources, strict=True))
-            and self.versions == tuple(tensor._version for tensor in sources)
-        )
+        if self.scales != scales or len(self.sources) != len(sources):
+            return False
+        if any(old is not new for old, new in zip(self.sources, sources, strict=True)):
+            return False
+        versions, contents = self._state(sources)
+        if self.versions != versions or len(self.contents) != len(contents):
+            return False
+        return not contents or torch.equal(torch.stack(self.contents), torch.stack(contents))
 
 
 def realised_error(weight: Tensor, merged: Tensor, delta: Tensor) -> float:

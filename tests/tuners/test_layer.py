@@ -275,8 +275,30 @@ def test_changing_the_base_weight_is_seen_at_once(x):
     assert torch.equal(evaluate(layer, x), expected.detach())
 
 
-def test_writing_through_data_needs_clear_cache_or_a_change_of_mode(x):
+@pytest.mark.parametrize("fused", [True, False])
+def test_optimizer_steps_between_evaluations_are_seen(x, fused):
     layer = layer_on()
+    optimizer = torch.optim.AdamW(layer.delta_params("default"), lr=1e-2, fused=fused)
+    layer(x).sum().backward()
+    before = evaluate(layer, x)
+    optimizer.step()  # the fused one changes parameters without counting it
+    after = evaluate(layer, x)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, layer(x).detach())
+
+
+def test_writing_through_data_is_seen_while_training(x):
+    layer = layer_on(kernel="linear")
+    before = evaluate(layer, x)
+    for value in (1.0, 2.0):  # an even number of entries changes alike
+        layer.snella_A["default"].data.fill_(value)
+        after = evaluate(layer, x)
+        assert not torch.equal(after, before)
+        before = after
+
+
+def test_writing_through_data_of_frozen_parameters_needs_clear_cache(x):
+    layer = layer_on().requires_grad_(False)
     before = evaluate(layer, x)
     layer.snella_A["default"].data.mul_(3.0)
     layer.clear_cache()
