@@ -1,11 +1,14 @@
-"""Keeps the fusion of query, key and value projections from dropping updates without a word.
+"""Keeps diffusers' own methods from dropping updates without a word.
 
 diffusers fuses by copying `to_q.weight` and its sisters into one new Linear, which knows nothing of
 an update that is added to them at call time. So the methods that fuse get a guard on the instances
-concerned: while a delta layer below is not merged, it refuses. The guard looks at names and methods
-only and imports no diffusers.
+concerned: while a delta layer below is not merged, it refuses. And `save_pretrained` of a diffusers
+model writes names with `base_layer.` in them, which `from_pretrained` skips and fills with random
+numbers: while a delta layer is there, a guard refuses that too. Guards look at names and methods
+only and import no diffusers.
 """
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +18,7 @@ from snell_diffusion.errors import SnellaValueError, shown
 from snell_diffusion.tuners.layer import DeltaLayer
 from snell_diffusion.tuners.traverse import delta_layers
 
-__all__ = ["FusionGuard", "is_fused", "protect", "release"]
+__all__ = ["FusionGuard", "SaveGuard", "is_fused", "protect", "release"]
 
 GUARDED = ("fuse_qkv_projections", "fuse_projections")
 
@@ -38,8 +41,38 @@ class FusionGuard:
         return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
 
 
+class SaveGuard:
+    """Stands in front of a diffusers model's `save_pretrained`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        held = [path for path, _ in delta_layers(self.module)]
+        if held:
+            raise SnellaValueError(
+                f"{type(self.module).__name__}.save_pretrained() would write {len(held)} adapted "
+                f"layers ({shown(held, 3)}) under names that from_pretrained() does not find: save "
+                "the adapter by save_snella_weights(), then unload_snella_weights() and save"
+            )
+        return self._original()(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The original's: pipelines read off it which options they may pass."""
+        return inspect.signature(self._original())
+
+    def _original(self) -> Any:
+        kind: Any = type(self.module)
+        return kind.save_pretrained.__get__(self.module)
+
+
 def protect(model: nn.Module) -> None:
-    """Guard a model's own fusion and that of every attention that holds a delta layer."""
+    """Guard a model's saving and fusion, and the fusion of attentions that hold a delta layer."""
+    # transformers' own save_pretrained knows adapters and writes those alone.
+    kind = type(model)
+    if hasattr(kind, "save_pretrained") and not hasattr(kind, "get_adapter_state_dict"):
+        vars(model).setdefault("save_pretrained", SaveGuard(model))
     for module in model.modules():
         if module is not model and not _holds_delta(module):
             continue
@@ -51,8 +84,8 @@ def protect(model: nn.Module) -> None:
 def release(model: nn.Module) -> None:
     """Take the guards off a model that has no delta layer left."""
     for module in model.modules():
-        for name in GUARDED:
-            if isinstance(vars(module).get(name), FusionGuard):
+        for name in (*GUARDED, "save_pretrained"):
+            if isinstance(vars(module).get(name), (FusionGuard, SaveGuard)):
                 delattr(module, name)
 
 

@@ -69,14 +69,17 @@ def same(pipe: Any, expected: Tensor) -> bool:
     return torch.equal(picture(pipe), expected)
 
 
+TRACES = {
+    *("peft_config", "_hf_peft_config_loaded"),
+    *("fuse_qkv_projections", "fuse_projections", "save_pretrained"),
+}
+
+
 def stock(pipe: Any) -> bool:
     """No trace of an adapter: stock modules, no PEFT, no guards, no hooks."""
     models = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     return not any(
-        isinstance(module, DeltaLayer)
-        or {"peft_config", "_hf_peft_config_loaded", "fuse_qkv_projections", "fuse_projections"}
-        & vars(module).keys()
-        or module._forward_pre_hooks
+        isinstance(module, DeltaLayer) or TRACES & vars(module).keys() or module._forward_pre_hooks
         for model in models
         for module in model.modules()
     )

@@ -1,6 +1,8 @@
 """QKV fusion never drops an update without a word."""
 
 import copy
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from snell_diffusion import SnellaConfig
 from snell_diffusion.errors import SnellaValueError
 from snell_diffusion.tuners import delta_layers
 from snell_diffusion.tuners.qkv_guard import is_fused, protect, release
-from tests.tiny_models import DENOISERS, adapt, predict
+from tests.tiny_models import DENOISERS, adapt, predict, text_encoder
 
 FUSIBLE = ["sd15", "sdxl", "sd3", "flux"]
 
@@ -115,3 +117,31 @@ def test_layers_held_by_a_hook_count() -> None:
     message = r"updates of 1 layers \(mid_block.attentions.0.transformer_blocks.0.attn1.to_q\)"
     with pytest.raises(SnellaValueError, match=message):
         model.fuse_qkv_projections()
+
+
+def test_an_adapted_model_is_not_saved_under_names_nobody_finds(tmp_path: Path) -> None:
+    model = adapt(DENOISERS["sd15"]())
+    with pytest.raises(SnellaValueError, match=r"would write 32 adapted layers .*save_snella_wei"):
+        model.save_pretrained(tmp_path)
+    for _, layer in delta_layers(model):
+        layer.merge()
+    with pytest.raises(SnellaValueError, match="under names that from_pretrained"):
+        model.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_delta_layers_saving_works_as_ever(tmp_path: Path) -> None:
+    model = DENOISERS["sd15"]()
+    protect(model)
+    plain = type(model).save_pretrained.__get__(model)
+    assert inspect.signature(model.save_pretrained) == inspect.signature(plain)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(predict(again, "sd15"), predict(model, "sd15"))
+
+
+def test_transformers_saves_adapters_its_own_way(tmp_path: Path) -> None:
+    encoder = text_encoder()
+    encoder.add_adapter(SnellaConfig(r=4))
+    encoder.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").exists()
