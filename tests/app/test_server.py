@@ -59,7 +59,7 @@ def train(client, photos, word="cat", steps=2, seed=0):
 
 
 def wait_until_done(client, job):
-    end = time.monotonic() + 120
+    end = time.monotonic() + 240
     while (status := client.predict(job, api_name="/status"))["running"]:
         assert time.monotonic() < end, status
         time.sleep(0.5)
