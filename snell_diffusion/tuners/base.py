@@ -92,9 +92,6 @@ class DeltaConfig(PeftConfig):
                 f"modules_to_save must be a list of module names, got {self.modules_to_save!r}"
             )
 
-    def check_layer(self, path: str, in_features: int, out_features: int) -> None:
-        """Raise SnellaConfigError if these settings cannot adapt a layer of this size."""
-
 
 class DeltaModel(BaseTuner):
     """Puts a method's layers into a model; all of PEFT's verbs work on the result.

@@ -150,7 +150,6 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             ValueError: The name cannot be used.
         """
         self._check_name(adapter_name)
-        config.check_layer(key, self.in_features, self.out_features)
         self.r[adapter_name] = config.r
         self.configs[adapter_name] = config
         self.weights[adapter_name] = 1.0

@@ -251,6 +251,8 @@ def test_peft_model_saves_loads_and_unloads(family, tmp_path):
     model = get_peft_model(family.model(), PAPER(**targets(family)))
     train_a_little(model)
     model.eval().save_pretrained(tmp_path)
+    empty = PeftModel.from_pretrained(family.model(), tmp_path, low_cpu_mem_usage=True).eval()
+    assert torch.equal(run(family, empty), run(family, model))
     loaded = PeftModel.from_pretrained(family.model(), tmp_path).eval()
     assert torch.equal(run(family, loaded), run(family, model))
     merged = loaded.merge_and_unload(safe_merge=True)

@@ -376,6 +376,18 @@ def test_a_16_bit_base_does_not_swallow_small_updates(x, dtype):
     assert layer.snella_A["default"].grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_identity_changes_no_bit_in_any_precision(x, dtype):
+    config = SnellaConfig.diffusion(r=8, seed=0)
+    base = nn.Linear(I, O).to(dtype).requires_grad_(False)
+    layer = SnellaLayer(base, "default", config, "layer")
+    x = x.to(dtype)
+    assert torch.equal(layer.train()(x), base(x))
+    assert torch.equal(evaluate(layer.eval(), x), base(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer.train()(x), base(x))
+
+
 def test_autocast_keeps_the_update_in_full_precision(x):
     layer = layer_on().train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
