@@ -29,12 +29,20 @@ from embedded_base.probe import (
 from embedded_base.report import class_grid, draw_grid, provenance
 from embedded_base.text_to_image import BaseConfig, BaseTrainer, write_shard
 from embedded_base.tokenizer import build_tokenizer
-from embedded_base.vae import VaeData, build_vae, held_out_crops, psnr, train_vae, whiten_latents
+from embedded_base.vae import (
+    VaeConfig,
+    VaeData,
+    build_vae,
+    held_out_crops,
+    psnr,
+    train_vae,
+    whiten_latents,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "snell_diffusion" / "models" / "embedded"
 DOCS = ROOT / "docs" / "embedded_base"
-GUIDANCE, SAMPLING_STEPS = 3.0, 25  # of the scores and grids
+GUIDANCE, SAMPLING_STEPS = 3.0, 20  # of the scores and grids
 
 
 def load_vae(args: argparse.Namespace) -> AutoencoderKL:
@@ -52,7 +60,7 @@ def stage_vae(args: argparse.Namespace) -> None:
     if raw.exists():
         vae.load_state_dict(torch.load(raw))
     else:
-        print(train_vae(vae, data, args.vae_seconds, 16, 1.2e-3, raw))
+        train_vae(vae, data, VaeConfig(), raw)
     vae.eval()
     composites = torch.cat([data.batch(64)[1::2] for _ in range(16)])
     whiten_latents(vae, composites)
@@ -151,9 +159,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for everything made")
     parser.add_argument("--font", type=Path, required=True, help="NotoColorEmoji.ttf")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae-seconds", type=float, default=420, help="of autoencoder training")
     parser.add_argument("--steps", type=int, default=BaseConfig.steps, help="of the base")
-    parser.add_argument("--prompts", type=int, default=300, help="held-out prompts to score")
+    parser.add_argument("--prompts", type=int, default=240, help="held-out prompts to score")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)

@@ -36,14 +36,14 @@ CAPTIONS = 4  # caption variants per composite
 class BaseConfig:
     """How the diffusion model is trained."""
 
-    steps: int = 9500  # optimizer steps in all
+    steps: int = 8800  # optimizer steps in all
     batch: int = 32  # composites per step
     lr: float = 1e-3  # AdamW, peak
     warmup: int = 200  # steps of linear warm-up
     decay_from: float = 0.6  # share of the steps after which lr falls linearly to 0
     early_shards: int = 12  # 20 classes, low jitter; shard k joins at step 150 * (k - 1)
     full_from: int = 3600  # step at which shards of all classes and backgrounds start to join
-    full_shards: int = 14  # half of each has wide jitter; shard k joins at full_from + 200 * k
+    full_shards: int = 8  # half of each has wide jitter; shard k joins at full_from + 200 * k
     full_share: float = 0.8  # of a batch from then on
     caption_drop: float = 0.1  # share of captions replaced by ''
     ema: float = 0.999
