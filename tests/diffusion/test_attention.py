@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
     FusedAttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
     SlicedAttnProcessor,
 )
 from peft import LoraConfig
@@ -367,3 +368,50 @@ def test_factors_follow_the_weights_to_another_device() -> None:
     attn = next(m for m in model.modules() if hasattr(m, "processor"))
     views = attn.processor.snella_keeper.overrides()
     assert views["to_q"].snella_A["default"].device.type == "meta"
+
+
+def test_ip_adapter_on_top_keeps_the_updates() -> None:
+    """It replaces cross-attention processors by modules and makes the others anew by class."""
+    model, _ = installed_unet()
+    torch.manual_seed(0)
+    processors = {
+        name: IPAdapterAttnProcessor2_0(32, cross_attention_dim=32, num_tokens=(4,))
+        if "attn2" in name
+        else processor.__class__()
+        for name, processor in model.attn_processors.items()
+    }
+    model.set_attn_processor(processors)
+    inputs = denoiser_inputs("sd15")
+    inputs["encoder_hidden_states"] = (inputs["encoder_hidden_states"], [torch.randn(2, 1, 4, 32)])
+    with torch.no_grad():
+        installed = model(**inputs, return_dict=False)[0]
+        names = [name for name in model.state_dict() if ".processor." in name]
+        SnellaAttnProcessor.remove(model)
+        assert torch.equal(model(**inputs, return_dict=False)[0], installed)
+        assert [name for name in model.state_dict() if ".processor." in name] == names
+        for _, layer in delta_layers(model):
+            layer.set_scale("default", 0.0)
+        assert not torch.equal(model(**inputs, return_dict=False)[0], installed)
+    assert len(names) == 8
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_whole_model_compiles_in_one_graph(installed: bool) -> None:
+    model = adapt(DENOISERS["flux"]())
+    expected = predict(model, "flux")
+    if installed:
+        SnellaAttnProcessor.install(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(predict(compiled, "flux"), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_both_forms_agree_in_16_bits(dtype: torch.dtype) -> None:
+    model = adapt(DENOISERS["flux"]().to(dtype))
+    inputs = {name: tensor.to(dtype) for name, tensor in denoiser_inputs("flux").items()}
+    with torch.no_grad():
+        expected = model(**inputs, return_dict=False)[0]
+        SnellaAttnProcessor.install(model)
+        assert torch.equal(model(**inputs, return_dict=False)[0], expected)
+        assert not torch.equal(DENOISERS["flux"]().to(dtype)(**inputs)[0], expected)
