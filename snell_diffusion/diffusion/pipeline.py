@@ -188,32 +188,30 @@ def delete_snella_adapters(pipe: Any, adapter_names: str | Sequence[str]) -> Non
 
 
 def set_snella_adapters(
-    pipe: Any,
-    adapter_names: str | Sequence[str],
-    adapter_weights: Weight | Sequence[Weight] = None,
+    pipe: Any, names: str | Sequence[str], weights: Weight | Sequence[Weight] = None
 ) -> None:
     """Make these adapters active, at these strengths; all other SNELLA adapters become inactive.
 
     Args:
-        adapter_names: One name or several; updates of several add up.
-        adapter_weights: One strength for all or one for each: a number, {component: number}, or
-            None for 1. A component that is not in a dict gets 1.
+        names: One name or several; updates of several add up.
+        weights: One strength for all or one for each: a number, {component: number}, or None for
+            1. A component that is not in a dict gets 1.
 
     Raises:
         SnellaKeyError: A name or component is not there.
         SnellaValueError: Numbers that are not finite or too few; or something is fused.
     """
     models = _models(pipe)
-    names = _as_list(adapter_names)
+    active = _as_list(names)
     with processors_off(*models.values()):
-        _require_names(models, names)
-        weights = _weights(models, names, adapter_weights)
+        _require_names(models, active)
+        strengths = _weights(models, active, weights)
         _require_unfused(models, "change the active adapters")
         for component, model in models.items():
             for _, layer in delta_layers(model):
-                layer.set_adapter(names, inference_mode=True)
-                for name in names:
-                    layer.set_scale(name, weights[name][component])
+                layer.set_adapter(active, inference_mode=True)
+                for name in active:
+                    layer.set_scale(name, strengths[name][component])
 
 
 def get_active_snella_adapters(pipe: Any) -> list[str]:

@@ -180,7 +180,7 @@ def test_strengths_and_combinations(
     pipe.load_snella_weights(dog, "dog")
     assert pipe.get_active_snella_adapters() == ["dog"]
     dog_picture = picture(pipe)
-    pipe.set_snella_adapters(["cat", "dog"], [1.0, 0.5])
+    pipe.set_snella_adapters(names=["cat", "dog"], weights=[1.0, 0.5])
     assert pipe.get_active_snella_adapters() == ["cat", "dog"]
     both = picture(pipe)
     assert len({hash(p.numpy().tobytes()) for p in (base, cat_picture, dog_picture, both)}) == 4
