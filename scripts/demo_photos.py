@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 # (left, top, side) in pixels of the 451 x 300 photograph
-TRAIN_CROPS = ((0, 0, 300), (90, 0, 300), (151, 0, 300), (75, 20, 260), (120, 50, 230))
-HELD_OUT_CROP = (45, 0, 285)
+TRAIN_CROPS = ((80, 0, 300), (95, 0, 300), (110, 0, 300), (97, 10, 280), (104, 4, 290))
+HELD_OUT_CROP = (88, 5, 292)
 SIDE = 256
 
 

@@ -3,12 +3,13 @@
 The updates' home are the tuner layers of `snell_diffusion.tuners`. `SnellaAttnProcessor.install`
 takes those that sit on the projections of attention blocks out of the module tree and hands them
 to the blocks' processors, so that `to_q`, `to_k`, `to_v`, `to_out`, `add_*_proj` and `to_add_out`
-are stock modules again; `remove` puts them back. The arithmetic is the tuner layers' own either way, so
-pictures are equal bit for bit.
+are stock modules again; `remove` puts them back. The arithmetic is the tuner layers' own either
+way, so pictures are equal bit for bit.
 
 A processor here is an instance of a generated subclass of the processor class that was there: its
 `__call__` has the same signature (diffusers drops keyword arguments that a signature does not
-name), its attributes are the same, and all it changes is what the base class sees as the projections.
+name), its attributes are the same, and all it changes is what the base class sees as the
+projections.
 
 What is not reached by a processor stays a tuner layer: feed-forward blocks, FLUX's single-block
 `proj_mlp` and `proj_out`. While installed, the layers are outside the module tree: PEFT's and

@@ -1,5 +1,6 @@
 """What every method must do in every model family, through the verbs of PEFT and diffusers."""
 
+import functools
 from copy import deepcopy
 
 import pytest
@@ -22,7 +23,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
 ]
 
-PAPER, DIFFUSION = SnellaConfig.paper, SnellaConfig.diffusion
+PAPER = SnellaConfig.paper
+IDENTITY = functools.partial(SnellaConfig, sparsify="mask", init="identity", train_beta=False)
 
 
 def targets(family, **changes):
@@ -68,7 +70,7 @@ def test_snella_is_found_by_its_file():
 
 
 def test_identity_start_changes_no_bit_and_has_live_gradients(family):
-    model = adapted(family, DIFFUSION)
+    model = adapted(family, IDENTITY)
     assert torch.equal(run(family, model), run(family, family.base))
     assert torch.equal(family.run(model.train()), family.run(family.model().train()))
     full = family.model().requires_grad_(True)
@@ -90,7 +92,7 @@ def test_paper_start_stays_within_its_stated_bound(family):
         assert 0 < layer.get_delta_weight("default").abs().max() <= bound, name
 
 
-@pytest.mark.parametrize("make", [PAPER, DIFFUSION])
+@pytest.mark.parametrize("make", [PAPER, IDENTITY])
 def test_merged_equals_unmerged_and_unmerge_restores_every_bit(family, make):
     model = adapted(family, make)
     train_a_little(model)
@@ -155,7 +157,7 @@ def test_only_the_adapter_trains(family):
 
 def test_two_adapters_add_and_switch(family):
     model = adapted(family)
-    inject_adapter_in_model(DIFFUSION(**targets(family, r=4)), model, "second")
+    inject_adapter_in_model(IDENTITY(**targets(family, r=4)), model, "second")
     train_a_little(model, "default", seed=2)
     train_a_little(model, "second", seed=3)
     layers = [layer for _, layer in delta_layers(model)]

@@ -1,5 +1,6 @@
 """SNELLA's settings, start and sparsity, and parity of whole layers with the public code."""
 
+import functools
 import math
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from snell_diffusion.tuners.snella import SnellaLayer, fresh_factors
 from tests.golden.cases import Case, cases
 
 PAPER, DIFFUSION = SnellaConfig.paper, SnellaConfig.diffusion
+IDENTITY = functools.partial(SnellaConfig, sparsify="mask", init="identity", train_beta=False)
 
 
 def layer_with(config: SnellaConfig, I: int = 24, O: int = 40) -> SnellaLayer:
@@ -36,11 +38,11 @@ def test_paper_has_the_public_codes_values():
     assert config.train_beta
 
 
-def test_diffusion_starts_at_zero_and_takes_changes():
-    config = DIFFUSION(r=8, train_beta=True)
-    assert config.init == "identity"
-    assert config.train_beta
-    assert config.max_fresh_update(24, 40) == 0.0
+def test_diffusion_is_the_paper_with_beta_frozen_and_a_scale_and_takes_changes():
+    config = DIFFUSION(r=8)
+    assert config == PAPER(r=8, train_beta=False, scale=4.0)
+    assert DIFFUSION(r=8, train_beta=True, scale=1.0) == PAPER(r=8)
+    assert IDENTITY(r=8).max_fresh_update(24, 40) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def test_unknown_fields_are_errors():
 
 
 def test_config_round_trip(tmp_path):
-    config = DIFFUSION(r=8, target_modules=["b", "a", "a"], seed=5, scale=2.0)
+    config = IDENTITY(r=8, target_modules=["b", "a", "a"], seed=5, scale=2.0)
     config.save_pretrained(tmp_path)
     loaded = PeftConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, SnellaConfig)
@@ -116,7 +118,7 @@ def test_config_round_trip(tmp_path):
 @pytest.mark.parametrize("rule", ["mask", "soft", "none"])
 @pytest.mark.parametrize("heads", [2, 4])
 def test_identity_is_exactly_zero_with_live_gradients(kernel, rule, heads):
-    layer = layer_with(DIFFUSION(r=8, heads=heads, kernel=kernel, sparsify=rule, seed=0))
+    layer = layer_with(IDENTITY(r=8, heads=heads, kernel=kernel, sparsify=rule, seed=0))
     delta = layer.get_delta_weight("default")
     assert not delta.any()
     (delta * torch.randn(40, 24)).sum().backward()
@@ -128,7 +130,7 @@ def test_identity_is_exactly_zero_with_live_gradients(kernel, rule, heads):
 def test_identity_learns_from_a_sparse_level():
     torch.manual_seed(0)
     target = 0.05 * torch.randn(40, 24)
-    layer = layer_with(DIFFUSION(r=8, init_sparsity=0.5, seed=0))
+    layer = layer_with(IDENTITY(r=8, init_sparsity=0.5, seed=0))
     optimizer = torch.optim.Adam(layer.delta_params("default"), lr=3e-3)
     losses = []
     for _ in range(60):
@@ -197,7 +199,7 @@ def test_the_start_depends_on_seed_and_path_alone():
 
 
 def test_an_adapter_file_is_the_factors_and_little_else(tmp_path):
-    layer = layer_with(DIFFUSION(r=32), 320, 640)
+    layer = layer_with(IDENTITY(r=32), 320, 640)
     state = {k: v for k, v in layer.state_dict().items() if "snella" in k}
     save_file(state, tmp_path / "adapter.safetensors")
     numbers = 32 * (320 + 640) + 3 + 2 + 2 + 1  # scalars, signs, level as two, threshold
