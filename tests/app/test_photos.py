@@ -1,5 +1,5 @@
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from snell_diffusion.app.photos import MAX_PHOTOS, MAX_SIDE, store_photos
 from snell_diffusion.errors import SnellaValueError
@@ -35,7 +35,9 @@ def test_stored_photos_are_upright_and_carry_no_metadata(tmp_path):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     exif[GPS] = {1: "N", 2: (52.0, 5.0, 1.0)}
-    Image.new("RGB", (100, 70)).save(path, exif=exif, comment=b"taken at home")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    more = {"comment": b"taken at home", "icc_profile": profile}  # Pillow would keep the profile
+    Image.new("RGB", (100, 70)).save(path, exif=exif, **more)
     stored = read(store_photos([path], tmp_path / "photos")[0])
     assert stored.size == (70, 100)
     assert not stored.getexif()
