@@ -183,7 +183,8 @@ class Optimization:
     adam_beta2: Decay = _help(0.999, "Second Adam decay, 0 to below 1.")
     adam_weight_decay: NotNegative = _help(0.01, "Weight decay of the factors; scalars have none.")
     adam_epsilon: Positive = _help(
-        1e-8, "Adam's epsilon; squared sparsification has small gradients and wants about 1e-15."
+        1e-15,
+        "Adam's epsilon. Tiny, because the squared rule's gradients are: at 1e-8 they could stall.",
     )
     max_grad_norm: NotNegative = _help(1.0, "Gradient norm above which is clipped; 0 = never.")
     snr_gamma: Positive | None = _help(
@@ -208,10 +209,12 @@ class Feedback:
         0, "Photos taken out of instance_data_dir for the held-out loss (the last by name)."
     )
     validation_steps: Count | None = _help(
-        None, "Steps between held-out losses; at least 1. Default: at the start and the end."
+        None,
+        "Steps between measurements of the held-out loss and of the drift on class images; at "
+        "least 1. Default: at the start and the end.",
     )
     validation_timesteps: Count = _help(
-        8, "Fixed timesteps per photo at which the held-out loss is measured."
+        8, "Fixed timesteps per photo at which held-out loss and drift are measured."
     )
     validation_prompt: str | None = _help(None, "One prompt to sample during training.")
     sample_prompts: list[str] = _help([], "More prompts to sample during training.")

@@ -7,7 +7,7 @@ from typing import Any
 
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.sampling import Sampler
-from snell_diffusion.diffusion.validation import HeldOut
+from snell_diffusion.diffusion.validation import Probe
 from snell_diffusion.training.adapter_tensors import evaluating
 from snell_diffusion.training.files import write_with
 from snell_diffusion.training.loop import TrainState
@@ -32,6 +32,7 @@ class RunFeedback:
         state: Models and their EMA, which is what is measured and drawn where it is on.
         tracker: Takes the numbers.
         held_out: Photos for the held-out loss, or None.
+        drift: Class images for the drift from the base, or None.
         sampler: Draws pictures.
         autocast: Makes the precision context of the run.
     """
@@ -42,12 +43,14 @@ class RunFeedback:
         folder: Path,
         state: TrainState,
         tracker: Tracker,
-        held_out: HeldOut | None,
+        held_out: Probe | None,
+        drift: Probe | None,
         sampler: Sampler,
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self._config, self._folder, self._state = config, folder, state
-        self._tracker, self._held_out, self._sampler = tracker, held_out, sampler
+        self._tracker, self._sampler = tracker, sampler
+        self._held_out, self._drift = held_out, drift
         self._autocast = autocast
         self._base_loss: float | None = None
         self._kept_share: float | None = None
@@ -105,15 +108,17 @@ class RunFeedback:
             self._tracker.event("allocation", step=step, layers=layers)
 
     def _validate(self, step: int) -> None:
-        if self._held_out is None:
-            return
-        numbers: dict[str, float | None] = {"validation_loss_base": self.base_loss}
+        numbers: dict[str, float | None] = {}
+        if self._held_out is not None:
+            numbers["validation_loss_base"] = self.base_loss
         with self.shown_weights(), self._autocast():
-            self._loss = numbers["validation_loss"] = self._held_out.loss()
-            if self._config.class_prompt is not None:
-                numbers["drift"] = self._held_out.drift(self._config.class_prompt)
-        self._tracker.event("validation", step=step, **numbers)
-        self._tracker.remote(numbers, step)
+            if self._held_out is not None:
+                self._loss = numbers["validation_loss"] = self._held_out.loss()
+            if self._drift is not None:
+                numbers["drift"] = self._drift.drift()
+        if numbers:
+            self._tracker.event("validation", step=step, **numbers)
+            self._tracker.remote(numbers, step)
 
     def _draw(self, step: int) -> None:
         prompts, count = self._config.prompts, self._config.num_validation_images

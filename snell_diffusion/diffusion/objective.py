@@ -1,4 +1,4 @@
-"""The loss of a training step and the held-out measure, built from photos and a model."""
+"""The loss of a training step and the measuring probes, built from photos and a model."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.data import Photo
 from snell_diffusion.diffusion.losses import dreambooth_loss, squared_error
 from snell_diffusion.diffusion.setup import Model
-from snell_diffusion.diffusion.validation import HeldOut
+from snell_diffusion.diffusion.validation import Probe
 
 
 class StepLoss:
@@ -53,15 +53,14 @@ def build_loss(
     return StepLoss(config, model, Batches(config, concepts, text, model, accelerator))
 
 
-def build_held_out(config: TrainConfig, model: Model, photos: Sequence[Photo]) -> HeldOut | None:
-    """The held-out measure; None without photos for it."""
+def build_probe(config: TrainConfig, model: Model, photos: Sequence[Photo]) -> Probe | None:
+    """Measure on these photos with their prompts; None without photos."""
     if not photos:
         return None
     prompts = [p.prompt for p in photos]
-    drift = [] if config.class_prompt is None else [config.class_prompt]
-    text = _text_table(config, model, [*prompts, *drift])
-    latents = Latents(model, photos, config, "held-out").means()
-    return HeldOut(model, text, latents, prompts, config.validation_timesteps)
+    latents = Latents(model, photos, config, "probe").means()
+    text = _text_table(config, model, prompts)
+    return Probe(model, text, latents, prompts, config.validation_timesteps)
 
 
 def _text_table(config: TrainConfig, model: Model, prompts: Sequence[str]) -> TextTable:

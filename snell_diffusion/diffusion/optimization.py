@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.setup import ADAPTER
@@ -114,7 +115,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=config.output_dir,
+        project_config=ProjectConfiguration(config.output_dir, f"{config.output_dir}/logs"),
     )
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != accelerator.num_processes:

@@ -15,11 +15,11 @@ from accelerate.state import AcceleratorState
 
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.config_files import config_text, config_values
-from snell_diffusion.diffusion.data import Photo
+from snell_diffusion.diffusion.data import Photo, data_digest
 from snell_diffusion.diffusion.dry_run import dry_run
 from snell_diffusion.diffusion.feedback import RunFeedback
 from snell_diffusion.diffusion.inputs import Photos
-from snell_diffusion.diffusion.objective import build_held_out, build_loss
+from snell_diffusion.diffusion.objective import build_loss, build_probe
 from snell_diffusion.diffusion.optimization import build_state, loop_settings, make_accelerator
 from snell_diffusion.diffusion.prior import complete_images, given_images
 from snell_diffusion.diffusion.results import RunResult, save_result, write_card
@@ -28,13 +28,15 @@ from snell_diffusion.diffusion.sampling import Sampler, rest
 from snell_diffusion.diffusion.setup import build_model, sizes
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.adapter_tensors import adapters_off, evaluating, require_finite
-from snell_diffusion.training.errors import Interrupted, NonFiniteError
+from snell_diffusion.training.errors import CheckpointError, Interrupted, NonFiniteError
 from snell_diffusion.training.files import write_text
 from snell_diffusion.training.loop import train
 from snell_diffusion.training.signals import StopRequest
 from snell_diffusion.training.tracking import Event, Tracker, cut_log, peak_memory
 
 __all__ = ["RunResult", "run"]
+
+_DRIFT_IMAGES = 4
 
 OnEvent = Callable[[Event], None]
 
@@ -104,6 +106,7 @@ class Trainer:
             require_same(checkpoint, self._identity)
             self._state.restore(checkpoint)
         self._resumed = checkpoint is not None
+        self._class_digest = checkpoint.state["class_images"] if checkpoint else None
         self._sampler = Sampler(
             self._model,
             size=config.resolution,
@@ -166,7 +169,8 @@ class Trainer:
         )
         prior = self._class_images()
         self._loss = build_loss(config, model, self._photos.instance, prior, self._accelerator)
-        held_out = build_held_out(config, model, self._photos.held_out)
+        held_out = build_probe(config, model, self._photos.held_out)
+        drift = build_probe(config, model, prior[:_DRIFT_IMAGES])
         if config.cache_latents:
             rest(model)
         self._feedback = RunFeedback(
@@ -175,6 +179,7 @@ class Trainer:
             self._state,
             self._tracker,
             held_out,
+            drift,
             self._sampler,
             self._accelerator.autocast,
         )
@@ -190,7 +195,15 @@ class Trainer:
             with evaluating(components), adapters_off(components), self._accelerator.autocast():
                 complete_images(config, folder, self._sampler, self._class_progress)
         self._accelerator.wait_for_everyone()
-        return Photos.class_photos(given_images(folder, str(config.class_prompt)), config)
+        found = Photos.class_photos(given_images(folder, str(config.class_prompt)), config)
+        digest = data_digest(found)
+        if self._class_digest not in (None, digest):
+            raise CheckpointError(
+                f"the class images in '{folder}' are not those that the interrupted run trained "
+                f"on; put them back, or start anew with --overwrite"
+            )
+        self._class_digest = digest
+        return found
 
     def _class_progress(self, present: int, wanted: int) -> None:
         self._tracker.status("class images", class_images=present, class_images_total=wanted)
@@ -244,6 +257,7 @@ class Trainer:
         if self._accelerator.is_main_process:
             tensors, state = self._state.pack()
             state["identity"] = self._identity
+            state["class_images"] = self._class_digest
             self._folder.checkpoints.save(step, tensors, state)
             self._tracker.event("checkpoint", step=step)
         self._accelerator.wait_for_everyone()

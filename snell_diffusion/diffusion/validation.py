@@ -1,4 +1,4 @@
-"""The loss on held-out photos at fixed timesteps and noise, and the drift from the base model."""
+"""Loss and drift from the base on fixed photos, timesteps and noise."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ def fixed_timesteps(count: int, num_timesteps: int) -> list[int]:
     return [int((i + 0.5) * num_timesteps / count) for i in range(count)]
 
 
-class HeldOut:
+class Probe:
     """Measures predictions on fixed noisy latents; the same numbers for the same weights.
 
     Noise and timesteps do not depend on the run's seed, so different runs can be compared.
@@ -43,7 +43,7 @@ class HeldOut:
         timesteps: int,
     ) -> None:
         self._model, self._text = model, text
-        self._base_answers: dict[str, Tensor] = {}
+        self._base_answers: Tensor | None = None
         fixed = fixed_timesteps(timesteps, model.objective.num_timesteps)
         pairs = [(i, k) for i in range(len(latents)) for k in range(len(fixed))]
         shape = tuple(latents.shape[1:])
@@ -53,11 +53,11 @@ class HeldOut:
         self._timesteps = torch.tensor([fixed[k] for _, k in pairs], device=latents.device)
         self._prompts = [prompts[i] for i, _ in pairs]
 
-    def _predictions(self, prompts: Sequence[str]) -> Tensor:
+    def _predictions(self) -> Tensor:
         model = self._model
         noisy = model.objective.add_noise(self._latents, self._noise, self._timesteps)
         with evaluating(model.components):
-            conditions = self._text(prompts)
+            conditions = self._text(self._prompts)
             parts = []
             for rows in torch.arange(len(noisy)).split(_BATCH):
                 some: Conditions = {k: v[rows] for k, v in conditions.items()}
@@ -68,19 +68,18 @@ class HeldOut:
     def loss(self) -> float:
         """Mean squared error over photos and timesteps, unweighted."""
         target = self._model.objective.target(self._latents, self._noise, self._timesteps)
-        return float(squared_error(self._predictions(self._prompts), target).mean())
+        return float(squared_error(self._predictions(), target).mean())
 
     def base_loss(self) -> float:
         """The same loss of the base model, adapters off."""
         with adapters_off(self._model.components):
             return self.loss()
 
-    def drift(self, prompt: str) -> float:
-        """Change of the prediction for `prompt`: |adapted - base|^2 / |base|^2, 0 at best."""
-        prompts = [prompt] * len(self._prompts)
-        adapted = self._predictions(prompts)
-        if prompt not in self._base_answers:
+    def drift(self) -> float:
+        """Change of the predictions by the adapter: |adapted - base|^2 / |base|^2, 0 at best."""
+        adapted = self._predictions()
+        if self._base_answers is None:
             with adapters_off(self._model.components):
-                self._base_answers[prompt] = self._predictions(prompts)
-        base = self._base_answers[prompt]
+                self._base_answers = self._predictions()
+        base = self._base_answers
         return float((adapted - base).square().mean() / base.square().mean())

@@ -38,7 +38,7 @@ def loss_curve(events: Sequence[Event], path: Path) -> None:
         path: PNG to write.
     """
     steps = [e for e in events if e["event"] == "step"]
-    held_out = [e for e in events if e["event"] == "validation"]
+    held_out = [e for e in events if e["event"] == "validation" and "validation_loss" in e]
     x, y = [e["step"] for e in steps], [e["loss"] for e in steps]
     window = max(1, len(y) // 20)
     figure = Figure(figsize=(7, 3.6), layout="constrained")
@@ -56,7 +56,7 @@ def loss_curve(events: Sequence[Event], path: Path) -> None:
         )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (mean squared error)")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", frameon=False, fontsize=8, ncols=2)
     _save(figure, path)
 
 

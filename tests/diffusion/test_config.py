@@ -30,7 +30,7 @@ checkpointing_steps checkpoints_total_limit resume_from_checkpoint gradient_accu
 gradient_checkpointing learning_rate text_encoder_lr lr_scheduler snr_gamma lr_warmup_steps
 lr_num_cycles lr_power optimizer adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
 report_to mixed_precision rank random_flip cache_latents validation_prompt num_validation_images
-""".split()
+""".split()  # noqa: SIM905
 
 
 def test_names_of_the_diffusers_scripts_are_there() -> None:

@@ -279,6 +279,16 @@ def test_resume_with_other_photos_is_refused(full: Any, tmp_path: Path) -> None:
         run(changed)
 
 
+def test_resume_with_other_class_images_is_refused(full: Any, tmp_path: Path) -> None:
+    settings, result, _ = full
+    shutil.copytree(result.output_dir, tmp_path / "run")
+    for image in (tmp_path / "run" / "class_images").glob("*.png"):
+        Image.new("RGB", (SIDE, SIDE)).save(image)
+    again = replace(settings, output_dir=str(tmp_path / "run"), resume_from_checkpoint="latest")
+    with pytest.raises(CheckpointError, match="are not those that the interrupted run trained on"):
+        run(again)
+
+
 def test_resume_needs_a_checkpoint_unless_auto(tiny_base: Path, tmp_path: Path) -> None:
     settings = config(tiny_base, tmp_path, max_train_steps=1)
     with pytest.raises(
