@@ -17,18 +17,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("runs") / "demo"
 CONFIG = Path("configs") / "dreambooth" / "demo.yaml"
-SUBJECT = "a sks cat"
+SUBJECT = "a sks bowl"
 PROMPTS = (
-    f"a photo of {SUBJECT}",
+    f"a photo of {SUBJECT} on a wooden floor",
     f"a photo of {SUBJECT} in the snow",
     f"a photo of {SUBJECT} on the beach",
-    f"a photo of {SUBJECT} in the jungle",
+    f"a photo of {SUBJECT} on top of green grass",
     f"a photo of {SUBJECT} at night",
 )
 COLUMNS = ("photo (a crop)", "base model", "with SNELLA")
 STEPS = 50
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}  # for this process and the child
-GUIDANCE = 4.0
+GUIDANCE = 3.0
 
 
 def train() -> None:

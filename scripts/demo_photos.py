@@ -1,9 +1,12 @@
-"""Photos of one subject for the demo: square crops of scikit-image's photograph of a cat.
+"""Photos of one subject for the demo: square crops of scikit-image's photograph of a cup of coffee.
 
-`skimage.data.chelsea()` is a real photograph (Stefan van der Walt, CC0) that comes with the
-package. It is one photograph, so these are crops of it at different positions and zooms, and the
-held-out crop shares pixels with the others: the demo's held-out loss says how well a framing that
-was never trained on is predicted, not how well another photograph is.
+`skimage.data.coffee()` is a real photograph (Rachel Michetti, CC0) that comes with the package. It
+is one photograph, so these are crops of it at different positions and zooms, and the held-out crop
+shares pixels with the others: the demo's held-out loss says how well a framing that was never
+trained on is predicted, not how well another photograph is.
+
+Each crop has a caption that names the ground the cup stands on: what the caption says of the scene,
+the subject's token need not learn.
 """
 
 from pathlib import Path
@@ -11,21 +14,22 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# (left, top, side) in pixels of the 451 x 300 photograph
-TRAIN_CROPS = ((80, 0, 300), (95, 0, 300), (110, 0, 300), (97, 10, 280), (104, 4, 290))
-HELD_OUT_CROP = (88, 5, 292)
+# (left, top, side) in pixels of the 600 x 400 photograph
+TRAIN_CROPS = ((60, 0, 400), (80, 0, 400), (100, 0, 400), (75, 0, 390), (90, 5, 395))
+HELD_OUT_CROP = (68, 2, 396)
+CAPTIONS = ("a photo of a sks bowl on a wooden floor", "a sks bowl on a wooden floor")
 SIDE = 256
 
 
-def chelsea() -> Image.Image:
-    """The whole photograph, 451 x 300 pixels, RGB."""
+def photograph() -> Image.Image:
+    """The whole photograph, 600 x 400 pixels, RGB."""
     try:
-        from skimage.data import chelsea as load
+        from skimage.data import coffee
     except ImportError as error:
         raise ImportError(
             "the demo's photograph comes with scikit-image: pip install 'snell-diffusion[eval]'"
         ) from error
-    return Image.fromarray(np.asarray(load()))
+    return Image.fromarray(np.asarray(coffee()))
 
 
 def crop(photo: Image.Image, box: tuple[int, int, int]) -> Image.Image:
@@ -36,11 +40,13 @@ def crop(photo: Image.Image, box: tuple[int, int, int]) -> Image.Image:
 
 
 def write_photos(folder: Path) -> tuple[Path, Path]:
-    """Write the crops as PNG and return the folders (photos to train on, held-out photo)."""
+    """Write crops and captions; return the folders (photos to train on, held-out photo)."""
     photos, holdout = folder / "photos", folder / "holdout"
-    photo = chelsea()
+    photo = photograph()
     for target, boxes in ((photos, TRAIN_CROPS), (holdout, (HELD_OUT_CROP,))):
         target.mkdir(parents=True, exist_ok=True)
         for index, box in enumerate(boxes):
-            crop(photo, box).save(target / f"chelsea-{index}.png")
+            crop(photo, box).save(target / f"coffee-{index}.png")
+            caption = CAPTIONS[index % len(CAPTIONS)]
+            (target / f"coffee-{index}.txt").write_text(caption + "\n", "utf-8")
     return photos, holdout

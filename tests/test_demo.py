@@ -7,28 +7,41 @@ import pytest
 from PIL import Image
 
 from scripts.demo import PROMPTS, measured
-from scripts.demo_photos import HELD_OUT_CROP, SIDE, TRAIN_CROPS, chelsea, crop, write_photos
+from scripts.demo_photos import (
+    CAPTIONS,
+    HELD_OUT_CROP,
+    SIDE,
+    TRAIN_CROPS,
+    crop,
+    photograph,
+    write_photos,
+)
 from scripts.demo_picture import CELL, GAP, HEAD, LABEL, Row, comparison
 
 
 def test_the_photos_are_distinct_crops_inside_the_photograph(tmp_path):
-    width, height = chelsea().size
+    width, height = photograph().size
     boxes = [*TRAIN_CROPS, HELD_OUT_CROP]
     assert len(set(boxes)) == len(boxes) >= 6
     for left, top, side in boxes:
         assert 0 <= left <= width - side
         assert 0 <= top <= height - side
     photos, holdout = write_photos(tmp_path)
-    assert len(list(photos.iterdir())) == len(TRAIN_CROPS)
-    (held_out,) = holdout.iterdir()
+    assert len(list(photos.glob("*.png"))) == len(TRAIN_CROPS)
+    captions = [file.read_text("utf-8").strip() for file in sorted(photos.glob("*.txt"))]
+    assert captions == [CAPTIONS[i % len(CAPTIONS)] for i in range(len(TRAIN_CROPS))]
+    (held_out,) = holdout.glob("*.png")
     with Image.open(held_out) as picture:
         assert picture.size == (SIDE, SIDE)
-        assert np.array_equal(picture, crop(chelsea(), HELD_OUT_CROP))
+        assert np.array_equal(picture, crop(photograph(), HELD_OUT_CROP))
 
 
 def test_the_demo_asks_for_new_scenes():
     assert len(PROMPTS) >= 4
-    assert len([prompt for prompt in PROMPTS if not prompt.endswith("cat")]) >= 2
+    assert (
+        len([prompt for prompt in PROMPTS if not any(prompt.endswith(c[-13:]) for c in CAPTIONS)])
+        >= 2
+    )
 
 
 def test_every_picture_lands_in_its_cell_with_its_own_pixels():
