@@ -38,10 +38,9 @@ def test_the_photos_are_distinct_crops_inside_the_photograph(tmp_path):
 
 def test_the_demo_asks_for_new_scenes():
     assert len(PROMPTS) >= 4
-    assert (
-        len([prompt for prompt in PROMPTS if not any(prompt.endswith(c[-13:]) for c in CAPTIONS)])
-        >= 2
-    )
+    trained = CAPTIONS[0].removeprefix("a photo of a sks bowl ")
+    assert trained == "on a wooden floor"
+    assert len([prompt for prompt in PROMPTS if trained not in prompt]) >= 2
 
 
 def test_every_picture_lands_in_its_cell_with_its_own_pixels():
