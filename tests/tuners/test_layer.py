@@ -378,7 +378,7 @@ def test_a_16_bit_base_does_not_swallow_small_updates(x, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_identity_changes_no_bit_in_any_precision(x, dtype):
-    config = SnellaConfig.diffusion(r=8, seed=0)
+    config = SnellaConfig(r=8, seed=0, init="identity", sparsify="mask")
     base = nn.Linear(I, O).to(dtype).requires_grad_(False)
     layer = SnellaLayer(base, "default", config, "layer")
     x = x.to(dtype)

@@ -8,10 +8,11 @@ def test_factors_multiply_and_go_in_any_order():
     for factor in (0.3, 0.7, 1, 0.3):
         scale.push(factor, ["a"])
     assert scale.factors == [0.3, 0.7, 0.3]
-    scale.pop(0.3)
-    scale.pop(0.9)
-    assert scale.product() == 0.7 * 0.3
     scale.pop(0.7)
+    scale.pop(0.9)
+    assert scale.factors == [0.3, 0.3]
+    scale.pop(0.3)
+    assert scale.product() == 0.3
     scale.pop(0.3)
     assert scale.product() == 1.0
 
