@@ -17,7 +17,7 @@ export GRADIO_ANALYTICS_ENABLED := False
 .PHONY: help setup demo test test-full lint format app docs
 
 help:
-	@echo "make demo       train SNELLA on photos of a cat and draw one picture, runs/demo/demo.png"
+	@echo "make demo       train SNELLA on photos of a cup and draw one picture, runs/demo/demo.png"
 	@echo "make test       the test suite          make test-full  also the slow tiers"
 	@echo "make app        the page, on http://127.0.0.1:7860"
 	@echo "make lint       ruff and mypy           make format     rewrite the code with ruff"

@@ -9,6 +9,7 @@ Each crop has a caption that names the ground the cup stands on: what the captio
 the subject's token need not learn.
 """
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,8 @@ def write_photos(folder: Path) -> tuple[Path, Path]:
     photos, holdout = folder / "photos", folder / "holdout"
     photo = photograph()
     for target, boxes in ((photos, TRAIN_CROPS), (holdout, (HELD_OUT_CROP,))):
-        target.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)  # another version's photos would be trained on
+        target.mkdir(parents=True)
         for index, box in enumerate(boxes):
             crop(photo, box).save(target / f"coffee-{index}.png")
             caption = CAPTIONS[index % len(CAPTIONS)]

@@ -70,7 +70,7 @@ def test_readme_shows_a_short_example_that_runs(trained, tmp_path):
     lines = [line for line in example.splitlines() if line.strip()]
     assert len(lines) <= 10
     exec(compile(example, "README.md", "exec"), {})
-    assert (tmp_path / "cat.png").stat().st_size > 1000
+    assert (tmp_path / "bowl.png").stat().st_size > 1000
 
 
 def test_readme_peft_example_runs(capsys):

@@ -43,7 +43,7 @@ def _train_tab(actions: Actions, run: gr.Dropdown, chosen: gr.Dropdown) -> None:
             )
             word = gr.Textbox("cat", label="What is it? One or two English words", max_length=30)
             low, high = STEP_RANGE
-            steps = gr.Slider(low, high, 300, step=1, label="Training steps")
+            steps = gr.Slider(low, high, 200, step=1, label="Training steps")
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
             start = gr.Button("Train", variant="primary")
         with gr.Column():

@@ -13,7 +13,7 @@ ADAPTER = "studio"  # name of the one loaded adapter
 MAX_PROMPT = 300  # characters
 MAX_SEED = 2**31 - 1
 STEPS = 25
-GUIDANCE = 4.0
+GUIDANCE = 3.0
 
 
 class Studio:
