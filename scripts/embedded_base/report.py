@@ -44,7 +44,7 @@ def draw_grid(x: Tensor, whats: list[Composite], path: Path, columns: int = 10) 
         draw.text((left + 2, top + cell - 1), color + what.noun, fill="black", font=font)
         draw.text((left + 2, top + cell + 9), what.background, fill="gray", font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, optimize=True)
+    sheet.quantize(256).save(path, optimize=True)
 
 
 def provenance(font: Path) -> dict:
