@@ -7,8 +7,7 @@ then: after an error the pipeline is what it was.
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,22 @@ from snell_diffusion.adapters.attach import remove_adapter
 from snell_diffusion.adapters.limits import MAX_RELATIVE_UPDATE
 from snell_diffusion.adapters.state import layer_tensors
 from snell_diffusion.diffusion.attention import processors_off
+from snell_diffusion.diffusion.loaded import (
+    Weight,
+    as_list,
+    chosen_components,
+    free_name,
+    fused_names,
+    models_of,
+    one_name,
+    require_loaded,
+    require_names,
+    require_unfused,
+    strengths_of,
+)
 from snell_diffusion.diffusion.sources import locate
 from snell_diffusion.errors import SnellaKeyError, SnellaValueError, shown
-from snell_diffusion.tuners import DeltaLayer, delta_layers
+from snell_diffusion.tuners import delta_layers
 from snell_diffusion.tuners.base import warn_about_merge_error
 from snell_diffusion.tuners.qkv_guard import is_fused
 
@@ -49,7 +61,6 @@ __all__ = [
     "unload_snella_weights",
 ]
 
-Weight = float | Mapping[str, float] | None
 Source = str | os.PathLike[str] | Mapping[str, Any]
 
 
@@ -100,9 +111,9 @@ def load_snella_weights(
             "force_download": force_download,
         }
         file = read_adapter(locate(source, weight_name, subfolder, **hub))
-    models = _models(pipe)
+    models = models_of(pipe)
     with processors_off(*models.values()):
-        name = adapter_name if adapter_name is not None else _free_name(models)
+        name = adapter_name if adapter_name is not None else free_name(models)
         return load_adapter(models, file, name, allow_other_base, max_relative_update)
 
 
@@ -130,9 +141,9 @@ def save_snella_weights(
         SnellaKeyError: No adapter of that name, or several and none named.
         SnellaError: As `snell_diffusion.adapters.save_adapter`.
     """
-    models = _models(pipe)
+    models = models_of(pipe)
     with processors_off(*models.values()):
-        name = _one_name(models, adapter_name)
+        name = one_name(models, adapter_name)
         target = Path(save_directory) / weight_name if weight_name else save_directory
         return save_adapter(target, models, name, metadata, _origin(pipe), dtype)
 
@@ -143,9 +154,9 @@ def snella_state_dict(pipe: Any, adapter_name: str | None = None) -> dict[str, T
     Raises:
         SnellaKeyError: No adapter of that name, or several and none named.
     """
-    models = _models(pipe)
+    models = models_of(pipe)
     with processors_off(*models.values()):
-        return state_with_header(models, _one_name(models, adapter_name))
+        return state_with_header(models, one_name(models, adapter_name))
 
 
 def unload_snella_weights(pipe: Any, adapter_name: str | None = None) -> None:
@@ -157,13 +168,13 @@ def unload_snella_weights(pipe: Any, adapter_name: str | None = None) -> None:
         SnellaKeyError: No adapter of that name.
         SnellaValueError: One adapter is to go while others are fused, or QKV projections are fused.
     """
-    models = _models(pipe)
+    models = models_of(pipe)
     with processors_off(*models.values()):
         names = adapter_names(models) if adapter_name is None else [adapter_name]
-        _require_names(models, names)
-        if _fused_names(models):
+        require_names(models, names)
+        if fused_names(models):
             if adapter_name is not None:
-                _require_unfused(models, f"unload {adapter_name!r}")
+                require_unfused(models, f"unload {adapter_name!r}")
             _unfuse(models)
         for name in names:
             for model in models.values():
@@ -177,11 +188,11 @@ def delete_snella_adapters(pipe: Any, adapter_names: str | Sequence[str]) -> Non
         SnellaKeyError: A name is not loaded; none is deleted then.
         SnellaValueError: Something is fused.
     """
-    models = _models(pipe)
-    names = _as_list(adapter_names)
+    models = models_of(pipe)
+    names = as_list(adapter_names)
     with processors_off(*models.values()):
-        _require_names(models, names)
-        _require_unfused(models, "delete adapters")
+        require_names(models, names)
+        require_unfused(models, "delete adapters")
         for name in names:
             for model in models.values():
                 remove_adapter(model, name)
@@ -201,12 +212,12 @@ def set_snella_adapters(
         SnellaKeyError: A name or component is not there.
         SnellaValueError: Numbers that are not finite or too few; or something is fused.
     """
-    models = _models(pipe)
-    active = _as_list(names)
+    models = models_of(pipe)
+    active = as_list(names)
     with processors_off(*models.values()):
-        _require_names(models, active)
-        strengths = _weights(models, active, weights)
-        _require_unfused(models, "change the active adapters")
+        require_names(models, active)
+        strengths = strengths_of(models, active, weights)
+        require_unfused(models, "change the active adapters")
         for component, model in models.items():
             for _, layer in delta_layers(model):
                 layer.set_adapter(active, inference_mode=True)
@@ -216,16 +227,18 @@ def set_snella_adapters(
 
 def get_active_snella_adapters(pipe: Any) -> list[str]:
     """Names of the active SNELLA adapters, also while `disable_snella` has switched them off."""
+    models = models_of(pipe)
     active: dict[str, None] = {}
-    with _layers(pipe) as layers:
-        for _, layer in layers:
-            active |= dict.fromkeys(n for n in layer.active_adapters if n in layer.configs)
+    with processors_off(*models.values()):
+        for model in models.values():
+            for _, layer in delta_layers(model):
+                active |= dict.fromkeys(n for n in layer.active_adapters if n in layer.configs)
     return list(active)
 
 
 def get_list_snella_adapters(pipe: Any) -> dict[str, list[str]]:
     """Names of the loaded SNELLA adapters by component, in the order they were loaded."""
-    models = _models(pipe)
+    models = models_of(pipe)
     with processors_off(*models.values()):
         found = {name: adapter_names({name: model}) for name, model in models.items()}
     return {component: names for component, names in found.items() if names}
@@ -272,16 +285,16 @@ def fuse_snella(
         SnellaKeyError: No such adapter or component, or nothing to fuse.
         SnellaValueError: Already fused, switched off, quantized, or not finite.
     """
-    models = _models(pipe)
+    models = models_of(pipe)
     if not math.isfinite(scale):
         raise SnellaValueError(f"scale must be a finite number, got {scale}")
     with processors_off(*models.values()):
-        _require_loaded(models)
-        _require_unfused(models, "fuse again")
-        chosen = _chosen(models, components)
+        require_loaded(models)
+        require_unfused(models, "fuse again")
+        chosen = chosen_components(models, components)
         names = get_active_snella_adapters(pipe) if adapter_names is None else adapter_names
-        names = _as_list(names)
-        _require_names(models, names)
+        names = as_list(names)
+        require_names(models, names)
         layers = [
             (component, layer)
             for component, model in chosen.items()
@@ -305,10 +318,10 @@ def unfuse_snella(pipe: Any, components: Sequence[str] | None = None) -> None:
         SnellaKeyError: No such component.
         SnellaValueError: Nothing is fused, or QKV projections are.
     """
-    models = _models(pipe)
+    models = models_of(pipe)
     with processors_off(*models.values()):
-        chosen = _chosen(models, components)
-        if not _fused_names(chosen):
+        chosen = chosen_components(models, components)
+        if not fused_names(chosen):
             raise SnellaValueError(
                 f"nothing is fused in {shown(chosen) or 'this pipeline'}; call fuse_snella() first"
             )
@@ -331,12 +344,12 @@ def set_snella_sparsity(
     """
     if level is not None and not (isinstance(level, (int, float)) and 0.0 <= level <= 1.0):
         raise SnellaValueError(f"level must be 0 (dense) to 1 (no update) or None, got {level!r}")
-    models = _models(pipe)
+    models = models_of(pipe)
     with processors_off(*models.values()):
-        _require_loaded(models)
-        names = adapter_names(models) if adapter_name is None else _as_list(adapter_name)
-        _require_names(models, names)
-        _require_unfused(models, "change the sparsity")
+        require_loaded(models)
+        names = adapter_names(models) if adapter_name is None else as_list(adapter_name)
+        require_names(models, names)
+        require_unfused(models, "change the sparsity")
         layers = [
             (layer, name)
             for model in models.values()
@@ -371,11 +384,11 @@ def _set_level(layer: Any, name: str, level: float | None) -> None:
 
 
 def _switch(pipe: Any, on: bool) -> None:
-    models = _models(pipe)
+    models = models_of(pipe)
     with processors_off(*models.values()):
-        _require_loaded(models)
+        require_loaded(models)
         if not on:
-            _require_unfused(models, "switch adapters off")
+            require_unfused(models, "switch adapters off")
         for model in models.values():
             for _, layer in delta_layers(model):
                 active = layer.active_adapters
@@ -414,113 +427,6 @@ def _unfuse(models: Mapping[str, nn.Module]) -> None:
         for _, layer in delta_layers(model):
             if layer.merged:
                 layer.unmerge()
-
-
-def _models(pipe: Any) -> dict[str, nn.Module]:
-    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-
-
-@contextmanager
-def _layers(pipe: Any) -> Iterator[list[tuple[str, DeltaLayer]]]:
-    models = _models(pipe)
-    with processors_off(*models.values()):
-        yield [item for model in models.values() for item in delta_layers(model)]
-
-
-def _chosen(
-    models: Mapping[str, nn.Module], components: Sequence[str] | None
-) -> dict[str, nn.Module]:
-    if components is None:
-        return dict(models)
-    wanted = _as_list(components)
-    unknown = set(wanted) - set(models)
-    if unknown:
-        raise SnellaKeyError(f"no component {shown(unknown)}; this pipeline has {shown(models)}")
-    return {name: models[name] for name in wanted}
-
-
-def _as_list(names: str | Sequence[str]) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
-
-
-def _free_name(models: Mapping[str, nn.Module]) -> str:
-    taken = {
-        *adapter_names(models),
-        *(name for model in models.values() for name in getattr(model, "peft_config", None) or ()),
-    }
-    return next(name for i in range(len(taken) + 1) if (name := f"default_{i}") not in taken)
-
-
-def _one_name(models: Mapping[str, nn.Module], name: str | None) -> str:
-    names = adapter_names(models)
-    if name is None and len(names) != 1:
-        raise SnellaKeyError(
-            f"{len(names)} SNELLA adapters are loaded ({shown(names) or 'none'}): "
-            "name the one that is meant by adapter_name"
-        )
-    if name is not None:
-        _require_names(models, [name])
-    return names[0] if name is None else name
-
-
-def _require_names(models: Mapping[str, nn.Module], names: Sequence[str]) -> None:
-    there = adapter_names(models)
-    unknown = [name for name in names if name not in there]
-    if unknown:
-        raise SnellaKeyError(
-            f"no SNELLA adapter named {shown(unknown)}; loaded: {shown(there) or 'none'}"
-        )
-
-
-def _require_loaded(models: Mapping[str, nn.Module]) -> None:
-    if not adapter_names(models):
-        raise SnellaKeyError("no SNELLA adapter is loaded: call load_snella_weights first")
-
-
-def _fused_names(models: Mapping[str, nn.Module]) -> list[str]:
-    return [
-        name
-        for model in models.values()
-        for _, layer in delta_layers(model)
-        for name in layer.merged_adapters
-    ]
-
-
-def _require_unfused(models: Mapping[str, nn.Module], what: str) -> None:
-    fused = _fused_names(models)
-    if fused:
-        raise SnellaValueError(
-            f"cannot {what} while {shown(set(fused))} is fused into the weights: "
-            "call unfuse_snella() first"
-        )
-
-
-def _weights(
-    models: Mapping[str, nn.Module],
-    names: Sequence[str],
-    weights: Weight | Sequence[Weight],
-) -> dict[str, dict[str, float]]:
-    """Strength by adapter and component."""
-    single = weights is None or isinstance(weights, (int, float, Mapping))
-    each = [weights] * len(names) if single else list(weights)  # type: ignore[arg-type]
-    if len(each) != len(names):
-        raise SnellaValueError(f"{len(names)} adapters, but {len(each)} weights: {each}")
-    return {
-        name: _by_component(models, weight)  # type: ignore[arg-type]
-        for name, weight in zip(names, each, strict=True)
-    }
-
-
-def _by_component(models: Mapping[str, nn.Module], weight: Weight) -> dict[str, float]:
-    given = weight if isinstance(weight, Mapping) else dict.fromkeys(models, weight)
-    unknown = set(given) - set(models)
-    if unknown:
-        raise SnellaKeyError(f"no component {shown(unknown)}; this pipeline has {shown(models)}")
-    numbers = {name: 1.0 if given.get(name) is None else given[name] for name in models}
-    for name, number in numbers.items():
-        if not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise SnellaValueError(f"weight for {name} must be a finite number, got {number!r}")
-    return {name: float(number) for name, number in numbers.items()}  # type: ignore[arg-type]
 
 
 def _origin(pipe: Any) -> dict[str, str | None]:
