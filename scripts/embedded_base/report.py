@@ -30,21 +30,21 @@ def class_grid() -> list[Composite]:
 
 
 def draw_grid(x: Tensor, whats: list[Composite], path: Path, columns: int = 10) -> None:
-    """Pictures (B, 3, 64, 64) in [-1, 1] at 96 pixels with what was asked for underneath."""
-    cell, label = 96, 24
-    font = ImageFont.load_default(9)
+    """Pictures (B, 3, 64, 64) in [-1, 1], pixels doubled, with what was asked for below."""
+    cell, label = 130, 26
+    font = ImageFont.load_default(10)
     rows = -(-len(whats) // columns)
     sheet = Image.new("RGB", (columns * cell, rows * (cell + label)), "white")
     draw = ImageDraw.Draw(sheet)
     pixels = ((x.permute(0, 2, 3, 1).numpy() + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
     for k, (image, what) in enumerate(zip(pixels, whats, strict=True)):
         left, top = k % columns * cell, k // columns * (cell + label)
-        sheet.paste(Image.fromarray(image).resize((cell - 2, cell - 2), Image.LANCZOS), (left, top))
+        sheet.paste(Image.fromarray(image).resize((128, 128), Image.NEAREST), (left, top))
         color = "" if what.color == NATURAL else what.color + " "
         draw.text((left + 2, top + cell - 1), color + what.noun, fill="black", font=font)
-        draw.text((left + 2, top + cell + 9), what.background, fill="gray", font=font)
+        draw.text((left + 2, top + cell + 11), what.background, fill="gray", font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.quantize(256).save(path, optimize=True)
+    sheet.save(path, optimize=True)
 
 
 def provenance(font: Path) -> dict:
