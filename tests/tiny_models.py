@@ -203,7 +203,7 @@ def picture(pipe: StableDiffusionPipeline, prompt: str = "a sks cat", **more: An
 
 
 def adapt(
-    model: nn.Module, adapter_name: str = "default", seed: int = 1, **config: Any
+    model: nn.Module, adapter_name: str = "default", seed: int | None = 1, **config: Any
 ) -> nn.Module:
     """Add a SNELLA adapter whose update shows and whose layers have different sparsity levels.
 

@@ -325,10 +325,11 @@ def test_a_fusion_that_would_break_weights_fuses_nothing(
     with torch.no_grad():
         last.snella_A["cat"].mul_(1e25)
     with pytest.raises(SnellaValueError, match=r"would write NaN or infinite .*no layer was fused"):
-        pipe.fuse_snella()
+        pipe.fuse_snella(0.5)
     after = weights(pipe)
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert not any(layer.merged for _, layer in delta_layers(pipe.unet))
+    assert {layer.scaling["cat"] for _, layer in delta_layers(pipe.unet)} == {1.0}
 
 
 def test_fusing_what_is_switched_off_is_refused(pipe: StableDiffusionPipeline, cat: Path) -> None:
