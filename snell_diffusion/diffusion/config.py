@@ -158,7 +158,11 @@ class Optimization:
     gradient_accumulation_steps: Count = _help(
         1, "Batches whose gradients are averaged into one optimizer step; at least 1."
     )
-    learning_rate: Positive = _help(1e-4, "Peak learning rate of the factors, above 0.")
+    learning_rate: Positive = _help(
+        1e-3,
+        "Peak learning rate of the factors, above 0. 1e-3 is the papers' value for SNELLA; LoRA "
+        "usually wants 1e-4 to 5e-4.",
+    )
     scalar_learning_rate: NotNegative | None = _help(
         None, "Learning rate of alpha, gamma and beta; at least 0. Default: learning_rate."
     )

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from snell_diffusion.adapters.container import sync_folder
+
 
 def process_alive(pid: int) -> bool:
     """Whether a process with this id exists on this machine."""
@@ -16,15 +18,6 @@ def process_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, so that a rename inside it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_with(path: Path, write: Callable[[Path], object], *, durable: bool = True) -> None:
