@@ -1,4 +1,4 @@
-"""The embedded base: both forms of an adapter draw the same bits, and it goes in and out cleanly."""
+"""The embedded base: both adapter forms draw the same bits, and it goes in and out cleanly."""
 
 from pathlib import Path
 
