@@ -128,7 +128,7 @@ class Actions:
     def _title(self, job: str) -> str:
         info = self.jobs.info(job)
         started = time.strftime("%d %b %H:%M", time.localtime(info["started"]))
-        return f"{info['label']} ({started}, {self.jobs.status(job).state})"
+        return f"{info['label']} ({started})"
 
     def draw(
         self, job: str, prompt: str, seed: int, strength: float, sparsity: float | None

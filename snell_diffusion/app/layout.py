@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 import pandas as pd
+from PIL import Image
 
 from snell_diffusion.app.actions import STEP_RANGE, TOKEN, Actions, Progress
 from snell_diffusion.app.photos import MAX_PHOTOS
@@ -25,15 +26,16 @@ def build(actions: Actions) -> gr.Blocks:
     with gr.Blocks(title="SNELLA", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown(INTRO)
         run, chosen = (gr.Dropdown([], label="Run", render=False) for _ in range(2))
+        prompt = gr.Textbox(new_scene("cat"), label="Prompt", max_length=MAX_PROMPT, render=False)
         with gr.Tab("Train"):
-            _train_tab(actions, run, chosen)
+            _train_tab(actions, run, chosen, prompt)
         with gr.Tab("Generate"):
-            _generate_tab(actions, chosen)
+            _generate_tab(actions, chosen, prompt)
         page.load(_choices(actions), outputs=[run, chosen], api_name="runs")
     return page
 
 
-def _train_tab(actions: Actions, run: gr.Dropdown, chosen: gr.Dropdown) -> None:
+def _train_tab(actions: Actions, run: gr.Dropdown, chosen: gr.Dropdown, prompt: gr.Textbox) -> None:
     with gr.Row():
         with gr.Column():
             photos = gr.File(
@@ -55,7 +57,10 @@ def _train_tab(actions: Actions, run: gr.Dropdown, chosen: gr.Dropdown) -> None:
     view = [bar, samples, curve, stop]
     timer = gr.Timer(POLL)
     started = start.click(
-        _said(_started(actions)), [photos, word, steps, seed], [run, chosen], api_name="train"
+        _said(_started(actions)),
+        [photos, word, steps, seed],
+        [run, chosen, prompt],
+        api_name="train",
     )
     for event in (started.then, timer.tick, run.change):
         event(
@@ -70,13 +75,11 @@ def _train_tab(actions: Actions, run: gr.Dropdown, chosen: gr.Dropdown) -> None:
     gr.api(_said(_status(actions)), api_name="status", queue=False)
 
 
-def _generate_tab(actions: Actions, chosen: gr.Dropdown) -> None:
+def _generate_tab(actions: Actions, chosen: gr.Dropdown, prompt: gr.Textbox) -> None:
     with gr.Row():
         with gr.Column():
             chosen.render()
-            prompt = gr.Textbox(
-                f"a photo of a {TOKEN} cat in the snow", label="Prompt", max_length=MAX_PROMPT
-            )
+            prompt.render()
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
             strength = gr.Slider(0, 2, 1, step=0.05, label="Strength of the adapter")
             own = gr.Checkbox(False, label="Set the sparsity below instead of the trained one")
@@ -123,7 +126,7 @@ def _both(runs: list[tuple[str, str]], job: str | None) -> tuple[Any, Any]:
 def _started(actions: Actions) -> Callable[..., Any]:
     def train(photos: list[str] | None, word: str, steps: int, seed: int) -> Any:
         job = actions.train(photos or [], word, steps, seed)
-        return _both(actions.runs(), job)
+        return *_both(actions.runs(), job), new_scene(word.strip().lower())
 
     return train
 
@@ -133,7 +136,8 @@ def _shown(actions: Actions) -> Callable[..., Any]:
         if job is None:
             return "No run yet.", None, None, gr.update(interactive=False)
         progress = actions.progress(job)
-        frame = pd.DataFrame(progress.losses, columns=["step", "loss"])
+        # numbers from the first, empty frame on: the plot's axes keep the type they start with
+        frame = pd.DataFrame(progress.losses, columns=["step", "loss"], dtype=float)
         return bar_html(progress), progress.samples, frame, gr.update(interactive=progress.running)
 
     return show
@@ -155,9 +159,23 @@ def _drawn(actions: Actions) -> Callable[..., Any]:
     def draw(
         job: str | None, prompt: str, seed: int, strength: float, own: bool, sparsity: float
     ) -> Any:
-        return actions.draw(job or "", prompt, seed, strength, sparsity if own else None)
+        pictures = actions.draw(job or "", prompt, seed, strength, sparsity if own else None)
+        return tuple(enlarged(picture) for picture in pictures)
 
     return draw
+
+
+def new_scene(word: str) -> str:
+    """A prompt that puts the subject where no photo showed it."""
+    return f"a photo of a {TOKEN} {word} in the snow"
+
+
+def enlarged(picture: Image.Image, side: int = 384) -> Image.Image:
+    """A small picture with whole, unsmoothed pixels, up to about `side` of them a side."""
+    factor = max(1, side // max(picture.size))
+    return picture.resize(
+        (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
+    )
 
 
 def bar_html(progress: Progress) -> str:

@@ -55,6 +55,7 @@ def train(client, photos, word="cat", steps=2, seed=0):
     """Id of the run; the endpoint answers with an update of the list of runs."""
     updates = client.predict(photos, word, steps, seed, api_name="/train")
     assert updates[0] == updates[1]
+    assert updates[2] == f"a photo of a sks {word} in the snow"
     return updates[0]["value"]
 
 
@@ -79,6 +80,7 @@ def draw(client, job, prompt="a photo of a sks cat", seed=0, strength=1.0, own=F
     pictures = []
     for path in paths:
         with Image.open(path) as picture:
+            assert picture.size == (384, 384)  # 32 pixels a side, enlarged
             pictures.append(picture.convert("RGB").tobytes())
     return pictures
 
