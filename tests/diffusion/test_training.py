@@ -45,6 +45,8 @@ FULL: dict[str, Any] = {
     "checkpointing_steps": 2,
     "checkpoints_total_limit": 3,
     "dropout": 0.1,
+    "init": "identity",  # so that the run starts at the base's own loss
+    "sparsify": "mask",
 }
 
 
@@ -541,6 +543,8 @@ def test_training_learns(tiny_base: Path, tmp_path: Path) -> None:
         validation_timesteps=4,
         learning_rate=3e-2,
         target_modules=[],
+        init="identity",
+        sparsify="mask",
     )
     result = run(settings)
     assert result.validation_loss_after < 0.98 * result.validation_loss_before
