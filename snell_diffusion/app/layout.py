@@ -16,6 +16,7 @@ from snell_diffusion.errors import SnellaError
 
 POLL = 2.0  # seconds between two looks at a run
 PIPELINE = {"concurrency_id": "pipeline", "concurrency_limit": 1}
+PICTURE = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
 INTRO = f"""# SNELLA
 Teach a small text-to-image model one subject from a few photos. Everything stays on this machine.
 The word **{TOKEN}** in a prompt stands for your subject: *a photo of a {TOKEN} cat in the snow*."""
@@ -51,7 +52,7 @@ def _train_tab(actions: Actions, run: gr.Dropdown, chosen: gr.Dropdown, prompt: 
         with gr.Column():
             run.render()
             bar = gr.HTML()
-            samples = gr.Image(label="Newest samples", interactive=False, format="png")
+            samples = gr.Image(label="Newest samples", **PICTURE)
             curve = gr.LinePlot(x="step", y="loss", title="Loss, mean of 20 steps", height=200)
             stop = gr.Button("Stop", variant="stop", interactive=False)
     view = [bar, samples, curve, stop]
@@ -86,8 +87,8 @@ def _generate_tab(actions: Actions, chosen: gr.Dropdown, prompt: gr.Textbox) -> 
             sparsity = gr.Slider(0, 1, 0.5, step=0.01, label="Share of zeros in the update")
             draw = gr.Button("Generate", variant="primary")
         with gr.Column(), gr.Row():
-            base = gr.Image(label="Base model", interactive=False, format="png")
-            adapted = gr.Image(label="With the adapter", interactive=False, format="png")
+            base = gr.Image(label="Base model", **PICTURE)
+            adapted = gr.Image(label="With the adapter", **PICTURE)
     draw.click(
         _said(_drawn(actions)),
         [chosen, prompt, seed, strength, own, sparsity],
