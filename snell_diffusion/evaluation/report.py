@@ -98,36 +98,48 @@ def table(rows: list[Row]) -> str:
 
 
 def plot_tradeoff(rows: list[Row], path: Path) -> None:
-    """Scatter of drift against held-out loss, one labelled point a variant."""
+    """Drift against held-out loss, one point a variant; LoRA's points are joined to a curve."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots()
-    for i, row in enumerate(rows):
-        marker = "s" if row.variant.startswith("lora") else "o"
-        axes.plot(row.drift, row.loss, marker, color=f"C{i % 10}")
-        axes.annotate(row.variant, (row.drift, row.loss), xytext=(4, 4), textcoords="offset points")
+    lora = sorted((row for row in rows if _is_lora(row)), key=lambda row: row.drift)
+    axes.plot([row.drift for row in lora], [row.loss for row in lora], color="0.7", zorder=0)
+    for i, row in enumerate(sorted(rows, key=lambda row: row.drift)):
+        marker = "s" if _is_lora(row) else "o"
+        axes.plot(row.drift, row.loss, marker, color=_color(i), label=row.variant)
     axes.set_xscale("log")
     axes.set_xlabel("drift on class prompts (relative change of the base's prediction)")
     axes.set_ylabel("held-out subject loss, after / before")
     axes.set_title("Lower left is better; squares are LoRA")
-    figure.savefig(path, dpi=110)
+    figure.legend(loc="outside right center")
+    figure.savefig(path, dpi=100)
+
+
+def _color(index: int) -> tuple[float, float, float, float]:
+    from matplotlib import colormaps
+
+    return colormaps["tab20"](index % 20 / 20)  # type: ignore[return-value]
+
+
+def _is_lora(row: Row) -> bool:
+    return row.variant.startswith("lora")
 
 
 def plot_curves(records: list[Record], variants: list[str], path: Path) -> None:
     """Mean held-out loss over training steps, one line a variant."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots()
-    for variant in variants:
+    for i, variant in enumerate(variants):
         runs = [r for r in records if r.variant == variant and r.curve]
         steps = sorted({step for r in runs for step, _ in r.curve})
-        axes.plot(steps, [_mean_at(runs, step) for step in steps], label=variant)
+        axes.plot(steps, [_mean_at(runs, step) for step in steps], color=_color(i), label=variant)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("held-out subject loss / loss before training")
-    axes.legend()
-    figure.savefig(path, dpi=110)
+    figure.legend(loc="outside right center")
+    figure.savefig(path, dpi=100)
 
 
 def _mean_at(runs: list[Record], step: int) -> float:
