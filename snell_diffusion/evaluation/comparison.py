@@ -18,8 +18,8 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from ..diffusion.config import TrainConfig
+from ..diffusion.setup import base_path
 from ..diffusion.training import run
-from ..models import embedded_path
 from .drift import DriftProbe, class_prompts
 
 
@@ -142,7 +142,7 @@ class Runner:
             seed,
             result.validation_loss_before,
             result.validation_loss_after,
-            self.drift(subject, path, config.method),
+            self.drift(subject, path, config),
             factor_numbers(path),
             path.stat().st_size,
             seconds,
@@ -162,15 +162,15 @@ class Runner:
         }
         return TrainConfig(**{**settings, **self.plan.common, **self.plan.variants[variant]})
 
-    def drift(self, subject: Subject, adapter: Path, method: str) -> float:
+    def drift(self, subject: Subject, adapter: Path, config: TrainConfig) -> float:
         """Drift of a saved adapter on the subject's class prompts; the pipeline is left bare."""
-        pipe = self._pipeline()
+        pipe = self._pipeline(config)
         if subject.name not in self._probes:
             prompts = class_prompts(subject.class_word, subject.others)
             self._probes[subject.name] = DriftProbe.of(pipe, prompts)
         load, unload = (
             (pipe.load_lora_weights, pipe.unload_lora_weights)
-            if method == "lora"
+            if config.method == "lora"
             else (pipe.load_snella_weights, pipe.unload_snella_weights)
         )
         load(str(adapter))
@@ -179,11 +179,11 @@ class Runner:
         finally:
             unload()
 
-    def _pipeline(self) -> Any:
+    def _pipeline(self, config: TrainConfig) -> Any:
         if self._pipe is None:
             from diffusers import StableDiffusionPipeline
 
-            source = embedded_path() if self.plan.base == "embedded" else self.plan.base
+            source = base_path(config)
             self._pipe = StableDiffusionPipeline.from_pretrained(source, dtype=torch.float32)
         return self._pipe
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..diffusion.validation import fixed_timesteps
+
 PROMPTS = (
     "a photo of a {}",
     "a {} in the snow",
@@ -86,7 +88,7 @@ class DriftProbe:
             ).images
         scheduler = pipe.scheduler
         total = scheduler.config.num_train_timesteps
-        t = ((torch.arange(timesteps) + 0.5) * total / timesteps).long()
+        t = torch.tensor(fixed_timesteps(timesteps, total))
         t, x0 = t.repeat(len(prompts)), x0.repeat_interleave(timesteps, 0)
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
         states = pipe.encode_prompt(prompts, x0.device, 1, False)[0]

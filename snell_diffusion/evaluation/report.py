@@ -1,6 +1,5 @@
 """From records to a table and two pictures: held-out loss and drift of every variant."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -143,5 +142,5 @@ def plot_curves(records: list[Record], variants: list[str], path: Path) -> None:
 
 
 def _mean_at(runs: list[Record], step: int) -> float:
-    value: Callable[[Record], float | None] = lambda r: dict(r.curve).get(step)  # noqa: E731
-    return mean(v / r.loss_before for r in runs if (v := value(r)) is not None)
+    values = [(dict(r.curve).get(step), r.loss_before) for r in runs]
+    return mean(loss / before for loss, before in values if loss is not None)
