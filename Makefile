@@ -14,11 +14,13 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -q
 export TORCH_INDEX
 export GRADIO_ANALYTICS_ENABLED := False
 
-.PHONY: help setup demo test test-full lint format app docs
+.PHONY: help setup demo test test-full reliability defences lint format app docs
 
 help:
 	@echo "make demo       train SNELLA on photos of a cup and draw one picture, runs/demo/demo.png"
 	@echo "make test       the test suite          make test-full  also the slow tiers"
+	@echo "make reliability  test-full, and write its figures to docs/reliability.md"
+	@echo "make defences   take out each defence in a copy of the tree and see its tests fail"
 	@echo "make app        the page, on http://127.0.0.1:7860"
 	@echo "make lint       ruff and mypy           make format     rewrite the code with ruff"
 	@echo "make docs       regenerate the generated pages and pictures under docs/"
@@ -38,6 +40,12 @@ test: $(READY)
 
 test-full: $(READY)
 	$(PYTEST) -m "not gpu"
+
+reliability: $(READY)
+	$(PYTEST) -m "not gpu" --publish-rows
+
+defences: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.check_defences --publish
 
 lint: $(READY)
 	$(BIN)/ruff check .

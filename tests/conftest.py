@@ -12,6 +12,8 @@ os.environ["MPLBACKEND"] = "Agg"
 import pytest
 import torch
 
+pytest_plugins = ["tests.rows"]
+
 ROOT = Path(__file__).resolve().parents[1]
 DREAMBOOTH = ROOT.parent / "shared" / "dreambooth"
 
