@@ -12,8 +12,9 @@ BEGIN, END = "<!-- table begin -->", "<!-- table end -->"
 HEAD = "| row | claim | how tested | cases | figure | seen to fail | command |\n"
 
 
-def publish(results: Path, tallies: Mapping[tuple[str, str], Any]) -> None:
-    """Merge the numbers of a run into `results` and rewrite the page's table."""
+def publish(tallies: Mapping[tuple[str, str], Any], page: Path = PAGE) -> None:
+    """Merge the numbers of a run into `reliability/results.json` beside `page`; redo its table."""
+    results = page.parent / "reliability" / "results.json"
     known = json.loads(results.read_text("utf-8")) if results.is_file() else {}
     for (name, tier), tally in sorted(tallies.items()):
         known.setdefault(name, {})[tier] = {
@@ -25,7 +26,7 @@ def publish(results: Path, tallies: Mapping[tuple[str, str], Any]) -> None:
         }
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", "utf-8")
-    rewrite_page()
+    rewrite_page(page)
 
 
 def rewrite_page(page: Path = PAGE) -> None:

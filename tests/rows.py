@@ -12,18 +12,14 @@ The run prints what each row reached. With `--publish-rows` it writes the number
 names the rows that have fewer cases than they promise.
 """
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.row_claims import ROWS, Claim
 from tests.row_table import publish
-
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "reliability" / "results.json"
 
 
 @dataclass
@@ -109,7 +105,7 @@ class RowCounter:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if self.config.option.publish_rows:
-            publish(RESULTS, self.tallies)
+            publish(self.tallies)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if not self.tallies:
@@ -152,8 +148,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             raise pytest.UsageError(f"{item.nodeid}: row {name!r} is not in tests/row_claims.py")
         tier = "full" if item.get_closest_marker("full") else "change"
         item.user_properties += [("row", name), ("tier", tier)]
-
-
-def load_results(path: Path = RESULTS) -> dict[str, Any]:
-    """The published numbers by row and tier; empty where none were published."""
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
