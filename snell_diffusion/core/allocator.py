@@ -123,7 +123,7 @@ class Allocator:
             The sparsity level of every layer, or None where levels stay: inside the initial warmup,
             between intervals, and when no layer has a score above zero (nothing was observed yet).
         """
-        if not self._due(step):
+        if not self.due(step):
             return None
         raw = self._raw_scores()
         total = math.fsum(raw.values())
@@ -132,6 +132,12 @@ class Allocator:
         self._scores = {name: z / total for name, z in raw.items()}
         self._keep = self._apportion(self.budget(step), self._scores)
         return {name: sparsity_for(n, self._keep[name]) for name, n in self.sizes.items()}
+
+    def due(self, step: int) -> bool:
+        """Whether the schedule says to re-allocate at `step`."""
+        if step <= self.init_warmup:
+            return False
+        return step > self.total - self.final_warmup or step % self.interval == 0
 
     def budget(self, step: int) -> float:
         """Entries all layers keep together at `step`.
@@ -223,11 +229,6 @@ class Allocator:
 
     def _volume(self, sparsity: float) -> float:
         return sum((1 - sparsity) * n for n in self.sizes.values())
-
-    def _due(self, step: int) -> bool:
-        if step <= self.init_warmup:
-            return False
-        return step > self.total - self.final_warmup or step % self.interval == 0
 
     def _sensitivity(self, p: Tensor | None, grad: Tensor | None) -> Tensor | None:
         if p is None or (grad is None and self.metric == "ipt"):

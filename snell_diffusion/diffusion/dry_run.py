@@ -5,8 +5,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.inputs import Photos
 from snell_diffusion.diffusion.objective import build_loss
@@ -14,6 +12,7 @@ from snell_diffusion.diffusion.optimization import build_state, loop_settings
 from snell_diffusion.diffusion.results import RunResult
 from snell_diffusion.diffusion.setup import build_model, sizes
 from snell_diffusion.training.loop import train
+from snell_diffusion.training.parallel import Parallel
 from snell_diffusion.training.signals import StopRequest
 from snell_diffusion.training.tracking import Event, Tracker, peak_memory
 
@@ -21,7 +20,7 @@ from snell_diffusion.training.tracking import Event, Tracker, peak_memory
 def dry_run(
     config: TrainConfig,
     photos: Photos,
-    accelerator: Accelerator,
+    parallel: Parallel,
     stop: StopRequest,
     on_event: Callable[[Event], None] | None,
 ) -> RunResult:
@@ -30,14 +29,14 @@ def dry_run(
     Missing class images are not generated; photos of the subject stand in for them.
     """
     began = time.monotonic()
-    tracker = Tracker(None, 1, on_event, main=accelerator.is_main_process)
-    model = build_model(config, accelerator.device)
-    state = build_state(config, model.components, model.device)
+    tracker = Tracker(None, 1, on_event, main=parallel.main)
+    model = build_model(config, parallel.device, parallel)
+    state = build_state(config, model.components, parallel)
     prior = photos.class_photos(photos.given_class or photos.instance, config)
-    loss_at = build_loss(config, model, photos.instance, prior, accelerator)
+    loss_at = build_loss(config, model, photos.instance, prior, parallel.accelerator)
     step_began = time.monotonic()
     settings = dataclasses.replace(loop_settings(config), steps=1)
-    train(state, loss_at, settings, accelerator, lambda numbers: None, stop)
+    train(state, loss_at, settings, parallel, lambda numbers: None, stop)
     seconds, memory = time.monotonic() - step_began, peak_memory(model.device)
     size = sizes(model.components)
     lines = [

@@ -1,6 +1,5 @@
 """Optimizer, schedule, competition and devices of a run, from its config."""
 
-import os
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from snell_diffusion.training.adapter_tensors import Components
 from snell_diffusion.training.ema import AdapterEma
 from snell_diffusion.training.loop import LoopSettings, TrainState
 from snell_diffusion.training.optimizers import make_optimizer
+from snell_diffusion.training.parallel import Parallel, start
 from snell_diffusion.tuners import Competition, SnellaConfig, param_groups
 
 
@@ -74,9 +74,9 @@ def build_competition(config: TrainConfig, components: Components) -> Any:
         raise SnellaConfigError(f"the layers' competition cannot be scheduled: {error}") from error
 
 
-def build_state(config: TrainConfig, components: Components, device: torch.device) -> TrainState:
+def build_state(config: TrainConfig, components: Components, parallel: Parallel) -> TrainState:
     """Everything that training steps change, at step 0."""
-    optimizer = build_optimizer(config, components)
+    optimizer = parallel.prepare(components, build_optimizer(config, components))
     decay = config.ema_decay
     return TrainState(
         components=components,
@@ -84,7 +84,7 @@ def build_state(config: TrainConfig, components: Components, device: torch.devic
         scheduler=build_scheduler(config, optimizer),
         competition=build_competition(config, components),
         ema=None if decay is None else AdapterEma(components, decay),
-        scaler=torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16"),
+        scaler=torch.amp.GradScaler(parallel.device.type, enabled=config.mixed_precision == "fp16"),
     )
 
 
@@ -95,32 +95,25 @@ def loop_settings(config: TrainConfig) -> LoopSettings:
         steps=config.max_train_steps,
         accumulation=config.gradient_accumulation_steps,
         max_grad_norm=config.max_grad_norm,
+        batch=config.train_batch_size,
     )
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
+def start_processes(config: TrainConfig) -> Parallel:
     """Device, precision and processes, checked against what the launcher asked for.
 
     Raises:
-        SnellaConfigError: A strategy or a precision that this trainer does not run.
+        SnellaConfigError: A precision that this device does not run, or another number of processes
+            or another strategy than the launcher was asked for.
     """
-    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-        if os.environ.get(variable, "false").lower() in ("1", "true"):
-            raise SnellaConfigError(
-                f"{variable} is set, but adapters train with plain data parallelism; launch "
-                f"without FSDP or DeepSpeed"
-            )
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise SnellaConfigError("mixed_precision fp16 needs a GPU; use bf16 or no on the CPU")
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_config=ProjectConfiguration(config.output_dir, f"{config.output_dir}/logs"),
-    )
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked != accelerator.num_processes:
-        raise SnellaConfigError(
-            f"the launcher started {asked} processes, but accelerate reports "
-            f"{accelerator.num_processes}; they would train apart and overwrite each other"
+
+    def make_accelerator() -> Accelerator:
+        return Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_config=ProjectConfiguration(config.output_dir, f"{config.output_dir}/logs"),
         )
-    return accelerator
+
+    return start(make_accelerator)

@@ -18,6 +18,7 @@ from snell_diffusion.training.adapter_tensors import (
     trainable_parameters,
     tuner_layers,
 )
+from snell_diffusion.training.parallel import Parallel
 from snell_diffusion.training.randomness import seed_torch
 from snell_diffusion.tuners import SnellaConfig
 
@@ -159,8 +160,15 @@ class Model:
         return [p for n, p in parts if isinstance(p, nn.Module) and n not in self.components]
 
 
-def build_model(config: TrainConfig, device: torch.device) -> Model:
+def build_model(
+    config: TrainConfig, device: torch.device, parallel: Parallel | None = None
+) -> Model:
     """Load the base, add the adapters of the config, move all of it to `device`.
+
+    Args:
+        config: Base and method.
+        device: Where the run computes.
+        parallel: Places the adapted models, whole or in shards; without it they are whole.
 
     Raises:
         SnellaBaseError: No such base, or no family covers it.
@@ -169,9 +177,11 @@ def build_model(config: TrainConfig, device: torch.device) -> Model:
     family, pipe = load_base(config)
     base = base_digest(getattr(pipe, family.denoiser))
     components = add_adapters(config, family, pipe)
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and (parallel is None or name not in components):
             part.to(device)
+    if parallel is not None:
+        parallel.place(components)
     for model in components.values():
         model.train()
         if config.gradient_checkpointing:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from snell_diffusion.diffusion.config import TrainConfig
@@ -20,7 +19,7 @@ from snell_diffusion.diffusion.dry_run import dry_run
 from snell_diffusion.diffusion.feedback import RunFeedback
 from snell_diffusion.diffusion.inputs import Photos
 from snell_diffusion.diffusion.objective import build_loss, build_probe
-from snell_diffusion.diffusion.optimization import build_state, loop_settings, make_accelerator
+from snell_diffusion.diffusion.optimization import build_state, loop_settings, start_processes
 from snell_diffusion.diffusion.prior import complete_images, given_images
 from snell_diffusion.diffusion.results import RunResult, save_result, write_card
 from snell_diffusion.diffusion.run_folder import RunFolder, identity, require_same
@@ -31,6 +30,7 @@ from snell_diffusion.training.adapter_tensors import adapters_off, evaluating, r
 from snell_diffusion.training.errors import CheckpointError, Interrupted, NonFiniteError
 from snell_diffusion.training.files import write_text
 from snell_diffusion.training.loop import train
+from snell_diffusion.training.parallel import Parallel
 from snell_diffusion.training.signals import StopRequest
 from snell_diffusion.training.tracking import Event, Tracker, cut_log, peak_memory
 
@@ -61,12 +61,12 @@ def run(config: TrainConfig, on_event: OnEvent | None = None) -> RunResult:
     if not config.dry_run:
         folder.check()
     _require_tracker(config)
-    accelerator = make_accelerator(config)
+    parallel = start_processes(config)
     try:
         with StopRequest() as stop:
             if config.dry_run:
-                return dry_run(config, photos, accelerator, stop, on_event)
-            return Trainer(config, folder, photos, accelerator, stop, on_event).run()
+                return dry_run(config, photos, parallel, stop, on_event)
+            return Trainer(config, folder, photos, parallel, stop, on_event).run()
     finally:
         # Another run in this process may use another precision.
         AcceleratorState._reset_state()
@@ -89,19 +89,18 @@ class Trainer:
         config: TrainConfig,
         folder: RunFolder,
         photos: Photos,
-        accelerator: Accelerator,
+        parallel: Parallel,
         stop: StopRequest,
         on_event: OnEvent | None,
     ) -> None:
         self._began = time.monotonic()
         self._config, self._folder, self._photos = config, folder, photos
-        self._accelerator, self._stop, self._on_event = accelerator, stop, on_event
+        self._parallel, self._stop, self._on_event = parallel, stop, on_event
         self._notes: list[str] = photos.summary(config)
         checkpoint = folder.find_checkpoint(self._notes.append)
-        self._model = build_model(config, accelerator.device)
-        self._state = build_state(config, self._model.components, accelerator.device)
-        processes = accelerator.num_processes
-        self._identity = identity(config, photos.digest(), self._model.base, processes)
+        self._model = build_model(config, parallel.device, parallel)
+        self._state = build_state(config, self._model.components, parallel)
+        self._identity = identity(config, photos.digest(), self._model.base, parallel.world)
         if checkpoint is not None:
             require_same(checkpoint, self._identity)
             self._state.restore(checkpoint)
@@ -128,17 +127,17 @@ class Trainer:
             raise
         finally:
             self._tracker.close()
-            self._accelerator.end_training()
+            self._parallel.accelerator.end_training()
 
     def _open(self) -> Tracker:
         """Take the run folder: the first writes of the run."""
-        main, path = self._accelerator.is_main_process, self._folder.path
+        main, path = self._parallel.main, self._folder.path
         if main:
             self._folder.clear()
             path.mkdir(parents=True, exist_ok=True)
             cut_log(path / "log.jsonl", self._state.step if self._resumed else -1)
             write_text(path / "config.yaml", config_text(self._config))
-        self._accelerator.wait_for_everyone()
+        self._parallel.wait()
         remote = self._remote() if self._config.report_to != "none" else None
         tracker = Tracker(path, self._config.max_train_steps, self._on_event, remote, main)
         tracker.status("preparing", step=self._state.step)
@@ -150,8 +149,9 @@ class Trainer:
         """Start TensorBoard or W&B through accelerate."""
         values = config_values(self._config).items()
         plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in values}
-        self._accelerator.init_trackers("dreambooth", config=plain)
-        return lambda numbers, step: self._accelerator.log(numbers, step=step)
+        accelerator = self._parallel.accelerator
+        accelerator.init_trackers("dreambooth", config=plain)
+        return lambda numbers, step: accelerator.log(numbers, step=step)
 
     def _prepare(self) -> None:
         """Class images, caches, and what the user sees before the first step."""
@@ -165,10 +165,13 @@ class Trainer:
             layers=size.layers,
             trainable=size.trainable,
             device=str(model.device),
-            processes=self._accelerator.num_processes,
+            processes=self._parallel.world,
+            strategy=self._parallel.name,
         )
         prior = self._class_images()
-        self._loss = build_loss(config, model, self._photos.instance, prior, self._accelerator)
+        self._loss = build_loss(
+            config, model, self._photos.instance, prior, self._parallel.accelerator
+        )
         held_out = build_probe(config, model, self._photos.held_out)
         drift = build_probe(config, model, prior[:_DRIFT_IMAGES])
         if config.cache_latents:
@@ -181,7 +184,7 @@ class Trainer:
             held_out,
             drift,
             self._sampler,
-            self._accelerator.autocast,
+            self._parallel.accelerator.autocast,
         )
         if self._state.step == 0:
             self._feedback.after(0)
@@ -190,11 +193,11 @@ class Trainer:
         config, folder = self._config, self._folder.class_images
         if not config.with_prior_preservation:
             return []
-        if self._accelerator.is_main_process:
-            components = self._model.components
-            with evaluating(components), adapters_off(components), self._accelerator.autocast():
+        if self._parallel.main:
+            components, autocast = self._model.components, self._parallel.accelerator.autocast
+            with evaluating(components), adapters_off(components), autocast():
                 complete_images(config, folder, self._sampler, self._class_progress)
-        self._accelerator.wait_for_everyone()
+        self._parallel.wait()
         found = Photos.class_photos(given_images(folder, str(config.class_prompt)), config)
         digest = data_digest(found)
         if self._class_digest not in (None, digest):
@@ -210,7 +213,7 @@ class Trainer:
         self._require_not_stopped()
 
     def _require_not_stopped(self) -> None:
-        if self._stop.signum is not None and self._accelerator.num_processes == 1:
+        if self._stop.signum is not None and self._parallel.world == 1:
             raise Interrupted(self._stop.signum, f"stopped before step {self._state.step + 1}")
 
     def _train(self) -> None:
@@ -221,7 +224,7 @@ class Trainer:
                 self._state,
                 self._loss,
                 loop_settings(self._config),
-                self._accelerator,
+                self._parallel,
                 self._on_step,
                 self._stop,
             )
@@ -254,13 +257,13 @@ class Trainer:
         """Publish the state after the current step, from the main process."""
         step = self._state.step
         require_finite(self._model.components, f"after step {step}")
-        if self._accelerator.is_main_process:
-            tensors, state = self._state.pack()
+        tensors, state = self._state.pack()
+        if self._parallel.main:
             state["identity"] = self._identity
             state["class_images"] = self._class_digest
             self._folder.checkpoints.save(step, tensors, state)
             self._tracker.event("checkpoint", step=step)
-        self._accelerator.wait_for_everyone()
+        self._parallel.wait()
         return self._folder.checkpoints.path(step)
 
     def _keep_last_good(self) -> str:
@@ -275,12 +278,12 @@ class Trainer:
 
     def _finish(self) -> RunResult:
         """Write adapter, pictures and model card."""
-        components, main = self._model.components, self._accelerator.is_main_process
+        components, main = self._model.components, self._parallel.main
         require_finite(components, "at the end")
         self._tracker.status("saving")
         adapter = self._folder.path / self._folder.adapter_file
         if main:
-            with self._feedback.shown_weights():
+            with self._feedback.shown_weights(), self._parallel.as_loaded(components):
                 save_result(self._config, self._model.pipe, components, adapter)
         result = RunResult(
             output_dir=self._folder.path,
@@ -301,5 +304,5 @@ class Trainer:
             memory=result.peak_memory,
         )
         self._tracker.status("finished", force=True, eta_s=0.0)
-        self._accelerator.wait_for_everyone()
+        self._parallel.wait()
         return result

@@ -13,10 +13,20 @@ class CheckpointError(TrainingError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 
 
+class OutputError(TrainingError):
+    """The disk refused a file of the run; earlier checkpoints are untouched."""
+
+
 class NonFiniteError(TrainingError):
     """A loss, gradient or weight became NaN or infinite; nothing was updated or saved with it."""
 
     exit_code = 3
+
+
+class DivergedError(TrainingError):
+    """The processes of a run hold different states; none of them goes on."""
+
+    exit_code = 4
 
 
 class Interrupted(TrainingError):

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from snell_diffusion.training.adapter_tensors import (
@@ -23,6 +22,7 @@ from snell_diffusion.training.checkpoints import Checkpoint, Tensors
 from snell_diffusion.training.ema import AdapterEma
 from snell_diffusion.training.errors import NonFiniteError
 from snell_diffusion.training.optimizers import pack_optimizer, unpack_optimizer
+from snell_diffusion.training.parallel import Parallel
 from snell_diffusion.training.randomness import seed_torch
 from snell_diffusion.training.signals import StopRequest
 
@@ -38,8 +38,14 @@ class Competes(Protocol):
     def observe(self) -> None:
         """Take in parameters and gradients after an optimizer step."""
 
+    def due(self, step: int) -> bool:
+        """Whether the schedule sets new levels at a step, the same on every process."""
+
     def update(self, step: int) -> bool:
         """Set the levels of a step, counted from 0; whether they changed."""
+
+    def digest(self) -> str:
+        """SHA-256 in hex of the levels now."""
 
     def state_dict(self) -> dict[str, Any]:
         """Statistics by name: plain numbers, strings and tensors."""
@@ -57,12 +63,14 @@ class LoopSettings:
         steps: Optimizer steps in all.
         accumulation: Micro-batches per optimizer step.
         max_grad_norm: Norm above which gradients are scaled down; 0 = never.
+        batch: Samples of one process in a micro-batch.
     """
 
     seed: int
     steps: int
     accumulation: int = 1
     max_grad_norm: float = 1.0
+    batch: int = 1
 
 
 @dataclass
@@ -123,7 +131,7 @@ def train(
     state: TrainState,
     loss_at: LossAt,
     settings: LoopSettings,
-    accelerator: Accelerator,
+    parallel: Parallel,
     on_step: Callable[[dict[str, float]], None],
     stop: StopRequest,
 ) -> bool:
@@ -133,7 +141,7 @@ def train(
         state: Where the run stands; changed in place.
         loss_at: The objective.
         settings: Length and gradients.
-        accelerator: Device, precision and processes.
+        parallel: Device, precision and processes.
         on_step: Called after every step with its numbers (loss, lr, grad_norm, ...).
         stop: Ends the run after the current step.
 
@@ -142,12 +150,13 @@ def train(
 
     Raises:
         NonFiniteError: Loss or gradient is NaN or infinite; the state is that of the step before.
+        DivergedError: The processes hold different levels.
     """
     while state.step < settings.steps:
-        numbers, stopping = _one_step(state, loss_at, settings, accelerator, stop)
+        numbers, stopping = _one_step(state, loss_at, settings, parallel, stop)
         on_step(numbers)
         # Several processes must agree on the step, so there only the shared flag counts.
-        if accelerator.num_processes == 1:
+        if parallel.world == 1:
             stopping = stop.signum is not None
         if stopping and state.step < settings.steps:
             return True
@@ -158,65 +167,63 @@ def _one_step(
     state: TrainState,
     loss_at: LossAt,
     settings: LoopSettings,
-    accelerator: Accelerator,
+    parallel: Parallel,
     stop: StopRequest,
 ) -> tuple[dict[str, float], bool]:
     step = state.step + 1
-    if state.competition is not None:
-        state.competition.update(state.step)
-    totals = _backward(state, loss_at, settings, accelerator, step)
+    _set_levels(state, parallel)
+    totals = _backward(state, loss_at, settings, parallel, step)
     state.scaler.unscale_(state.optimizer)
-    _average_gradients(state.parameters, accelerator)
+    parallel.average_gradients(state.parameters)
     limit = settings.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(state.parameters, limit)
-    numbers, stopping = _read_numbers(totals, norm, stop, accelerator)
+    numbers, stopping = _read_numbers(totals, norm, stop, parallel)
     _require_finite_step(state, numbers, step)
     numbers["lr"] = float(state.optimizer.param_groups[0]["lr"])
-    _apply(state, step)
+    _apply(state, parallel, step)
     state.step = step
     return numbers, stopping
+
+
+def _set_levels(state: TrainState, parallel: Parallel) -> None:
+    """Let the layers compete where the schedule says so; every process must find the same."""
+    competition = state.competition
+    if competition is None:
+        return
+    competition.update(state.step)
+    if competition.due(state.step):
+        parallel.require_equal(competition.digest(), f"the layers' levels after step {state.step}")
 
 
 def _backward(
     state: TrainState,
     loss_at: LossAt,
     settings: LoopSettings,
-    accelerator: Accelerator,
+    parallel: Parallel,
     step: int,
 ) -> dict[str, Tensor]:
     """Accumulate the gradients of all micro-batches; return the mean of what they log."""
     totals: dict[str, Tensor] = {}
     for micro in range(settings.accumulation):
-        # Dropout inside a model draws from the global generator, which must not depend on the past.
-        seed_torch(settings.seed, "model", step, micro, accelerator.process_index)
-        with accelerator.autocast():
+        # Dropout inside a model draws from the global generator, which must not depend on the past;
+        # the counter is where this process's samples begin in the global batch.
+        seed_torch(settings.seed, "model", step, micro, parallel.rank * settings.batch)
+        with parallel.accelerator.autocast():
             loss, parts = loss_at(step, micro)
         loss = loss / settings.accumulation
-        state.scaler.scale(loss).backward()
+        parallel.backward(state.scaler.scale(loss))
         for name, value in {"loss": loss.detach(), **parts}.items():
             share = value if name == "loss" else value / settings.accumulation
             totals[name] = totals[name] + share if name in totals else share
     return totals
 
 
-def _average_gradients(parameters: list[torch.nn.Parameter], accelerator: Accelerator) -> None:
-    """Mean of the gradients over all processes, in one exchange (adapters are small)."""
-    if accelerator.num_processes == 1:
-        return
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = accelerator.reduce(torch.cat([g.flatten() for g in grads]), reduction="mean")
-    for parameter, part in zip(parameters, flat.split([g.numel() for g in grads]), strict=True):
-        parameter.grad = part.view_as(parameter)
-
-
 def _read_numbers(
-    totals: dict[str, Tensor], norm: Tensor, stop: StopRequest, accelerator: Accelerator
+    totals: dict[str, Tensor], norm: Tensor, stop: StopRequest, parallel: Parallel
 ) -> tuple[dict[str, float], bool]:
     """Bring the step's numbers to the CPU at once (one wait), averaged over processes."""
     asked = torch.full_like(norm, float(stop.signum is not None))
-    packed = torch.stack([*(v.to(norm) for v in totals.values()), norm, asked])
-    if accelerator.num_processes > 1:
-        packed = accelerator.reduce(packed, reduction="mean")
+    packed = parallel.mean(torch.stack([*(v.to(norm) for v in totals.values()), norm, asked]))
     *values, asked_value = packed.tolist()
     return dict(zip([*totals, "grad_norm"], values, strict=True)), asked_value > 0
 
@@ -241,10 +248,9 @@ def _require_finite_step(state: TrainState, numbers: dict[str, float], step: int
         )
 
 
-def _apply(state: TrainState, step: int) -> None:
+def _apply(state: TrainState, parallel: Parallel, step: int) -> None:
     """Update the adapter, the scores of its layers, the average and the learning rate."""
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
+    parallel.step(state.optimizer, state.scaler)
     if state.competition is not None:
         state.competition.observe()
     if state.ema is not None:

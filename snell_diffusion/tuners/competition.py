@@ -4,6 +4,7 @@ Across layers `snell_diffusion.core.Allocator` turns sensitivities into one spar
 layer; inside a layer the level's threshold decides which entries survive.  SNELLA, arXiv:2510.24037
 """
 
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -82,6 +83,15 @@ class Competition:
                 with torch.no_grad():
                     delta = layer.get_delta_weight(self.adapter)
             self.allocator.observe(name, A.detach(), A.grad, B.detach(), B.grad, delta=delta)
+
+    def due(self, step: int) -> bool:
+        """Whether the schedule allocates anew at a step; `update` does, once there are scores."""
+        return self.allocator.due(step)
+
+    def digest(self) -> str:
+        """SHA-256 in hex over every layer's name and level: equal where the masks' sizes are."""
+        levels = [(name, layer.sparsity(self.adapter)) for name, layer in self.layers.items()]
+        return hashlib.sha256(repr(levels).encode()).hexdigest()
 
     def update(self, step: int) -> bool:
         """Set the levels of a step, counted from 0; whether they were allocated anew."""

@@ -13,6 +13,7 @@ from snell_diffusion.training.checkpoints import Checkpoint
 from snell_diffusion.training.ema import AdapterEma
 from snell_diffusion.training.errors import NonFiniteError
 from snell_diffusion.training.loop import LoopSettings, LossAt, TrainState, train
+from snell_diffusion.training.parallel import Replicated
 from snell_diffusion.training.randomness import normal
 from snell_diffusion.training.signals import StopRequest
 from snell_diffusion.tuners import Competition
@@ -54,7 +55,8 @@ def go(
     max_grad_norm: float = 1.0,
 ) -> bool:
     settings = LoopSettings(0, steps, accumulation, max_grad_norm)
-    return train(state, loss_at, settings, Accelerator(cpu=True), on_step, stop or StopRequest())
+    parallel = Replicated(Accelerator(cpu=True))
+    return train(state, loss_at, settings, parallel, on_step, stop or StopRequest())
 
 
 def snapshot(state: TrainState) -> dict[str, Tensor]:

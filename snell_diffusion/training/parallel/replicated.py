@@ -1,0 +1,21 @@
+"""The whole model on every process: one process, or data parallelism (DDP).
+
+What torch's DDP wrapper would overlap with the backward pass is one small exchange here, since only
+adapters train; without the wrapper, modules keep their names and classes.
+"""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from snell_diffusion.training.parallel.base import Parallel
+
+
+class Replicated(Parallel):
+    """Whole models everywhere."""
+
+    name = "DDP"
+
+    def place(self, components: Mapping[str, nn.Module]) -> None:
+        for model in components.values():
+            model.to(self.device)
