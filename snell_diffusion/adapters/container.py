@@ -10,9 +10,11 @@ kind of damage its own message and keeps the limits of `limits.py`; writing here
 a file a function of its content alone. Layout: https://github.com/huggingface/safetensors
 """
 
+import fcntl
 import json
 import math
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Mapping
@@ -23,16 +25,28 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor
 
-from snell_diffusion.adapters.limits import MAX_FILE_BYTES, MAX_HEADER_BYTES, MAX_TENSORS
-from snell_diffusion.errors import SnellaFileError
+from snell_diffusion.adapters.disk import disk_of
+from snell_diffusion.adapters.limits import (
+    MAX_FILE_BYTES,
+    MAX_HEADER_BYTES,
+    MAX_HEADER_VALUES,
+    MAX_TENSORS,
+)
+from snell_diffusion.adapters.version0 import is_version0
+from snell_diffusion.errors import SnellaFileError, printable, quoted
 
 DTYPES = {
-    "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+_READ = {**DTYPES, "F64": torch.float64}  # of version 0, for the tensors of `is_version0` alone
+
+FETCH = "download or copy the file again"
+
+
+_NOT_OURS = "this is no SNELLA adapter, or it is damaged: choose another file or " + FETCH
 
 
 @dataclass(frozen=True)
@@ -60,24 +74,34 @@ def open_regular(path: Path) -> tuple[BinaryIO, int]:
     Raises:
         SnellaFileError: Missing, a folder, a device or pipe, unreadable, or over the size limit.
     """
+    name = printable(str(path))
     try:
         # O_NONBLOCK: a named pipe must be refused, not waited for.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name no file can have
+        reason = getattr(error, "strerror", None) or error
         raise SnellaFileError(
-            f"{path}: cannot be opened ({error.strerror}); check the path and its permissions"
+            f"{name}: cannot be opened ({reason}); check the path and its permissions"
         ) from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise SnellaFileError(f"{path}: expected a regular file, found a folder, pipe or device")
+        raise SnellaFileError(
+            f"{name}: expected a regular file, found a {_kind(status.st_mode)}; name the "
+            ".safetensors file itself"
+        )
     if status.st_size > MAX_FILE_BYTES:
         os.close(descriptor)
         raise SnellaFileError(
-            f"{path}: {status.st_size} bytes, adapters have at most {MAX_FILE_BYTES}; "
-            "this is probably a whole model, not an adapter"
+            f"{name}: expected a file of at most {MAX_FILE_BYTES:,} bytes, got "
+            f"{status.st_size:,}; this is probably a whole model: choose an adapter file"
         )
     return os.fdopen(descriptor, "rb"), status.st_size
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "device")
 
 
 def read_head(stream: BinaryIO, size: int, source: str) -> Head:
@@ -89,23 +113,27 @@ def read_head(stream: BinaryIO, size: int, source: str) -> Head:
     prefix = stream.read(8)
     if len(prefix) < 8:
         raise SnellaFileError(
-            f"{source}: {size} bytes are too few for a safetensors file; fetch the file again"
+            f"{source}: expected a safetensors file, which starts with the 8 bytes of its header's "
+            f"length; the file has {size} bytes: {FETCH}"
         )
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
         raise SnellaFileError(
-            f"{source}: header of {length} bytes, expected at most {MAX_HEADER_BYTES}; "
-            "this is no adapter file (or not safetensors at all)"
+            f"{source}: expected a safetensors header of at most {MAX_HEADER_BYTES:,} bytes, the "
+            f"first 8 bytes ({quoted(prefix)}) announce {length:,}; {_NOT_OURS}"
         )
     if 8 + length > size:
         raise SnellaFileError(
-            f"{source}: header of {length} bytes in a file of {size} bytes: "
-            "the file was cut off; fetch it again"
+            f"{source}: the header should have {length:,} bytes, but the whole file has only "
+            f"{size:,}: it was cut off; {FETCH}"
         )
-    table = _parse_json(stream.read(length), source)
+    table = _parse_json(stream.read(length), source, MAX_HEADER_VALUES)
     metadata = _metadata(table.pop("__metadata__", {}), source)
     if len(table) > MAX_TENSORS:
-        raise SnellaFileError(f"{source}: {len(table)} tensors, expected at most {MAX_TENSORS}")
+        raise SnellaFileError(
+            f"{source}: expected at most {MAX_TENSORS:,} tensors, the header lists {len(table):,}; "
+            f"{_NOT_OURS}"
+        )
     entries = {name: _entry(name, value, source) for name, value in table.items()}
     body = size - 8 - length
     _check_layout(entries, body, source)
@@ -122,48 +150,77 @@ def read_tensors(stream: BinaryIO, head: Head, source: str) -> dict[str, Tensor]
     for name, entry in sorted(head.entries.items(), key=lambda item: item[1].begin):
         raw = bytearray(entry.end - entry.begin)
         if stream.readinto(raw) != len(raw):  # type: ignore[attr-defined]
-            raise SnellaFileError(f"{source}: the file became shorter while it was read; try again")
-        dtype = DTYPES[entry.dtype]
+            raise SnellaFileError(
+                f"{source}: the file became shorter while tensor {quoted(name)} was read; another "
+                "program is writing it: wait for it to end and try again"
+            )
+        dtype = _READ[entry.dtype]
         flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
         tensors[name] = flat.reshape(entry.shape)
     return tensors
 
 
-def _parse_json(raw: bytes, source: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return table
-
-    def no_constant(name: str) -> float:
-        raise ValueError(f"{name} is not allowed")
-
-    try:
-        table = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant
-        )
-    except (ValueError, RecursionError) as error:
-        raise SnellaFileError(
-            f"{source}: the header is not valid JSON ({error}); fetch the file again"
-        ) from error
-    if not isinstance(table, dict):
-        raise SnellaFileError(f"{source}: the header is a JSON {type(table).__name__}, not a table")
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise ValueError(f"key {quoted(key)} occurs twice")
+        table[key] = value
     return table
 
 
-def parse_strict_json(text: str, source: str) -> dict[str, Any]:
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not allowed")
+
+
+def _parse_json(raw: bytes, source: str, values: int) -> dict[str, Any]:
+    # A few bytes of text can become a hundred of objects, so the text is judged first.
+    if raw.count(b",") >= values:
+        raise SnellaFileError(
+            f"{source}: expected at most {values:,} values in the header, it has more; {_NOT_OURS}"
+        )
+    try:
+        table = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+        )
+    except (ValueError, RecursionError) as error:
+        raise SnellaFileError(
+            f"{source}: the header is not valid JSON ({printable(str(error))[:200]}); {FETCH}"
+        ) from error
+    if not isinstance(table, dict):
+        raise SnellaFileError(
+            f"{source}: expected a JSON table as the header, got a {type(table).__name__} "
+            f"({quoted(table)}); {_NOT_OURS}"
+        )
+    return table
+
+
+def parse_strict_json(
+    text: str, source: str, values: int = MAX_HEADER_VALUES
+) -> dict[str, Any]:
     """A JSON table from text; refuses repeated keys, NaN, infinities and anything but a table.
+
+    Args:
+        values: How many values the text may hold, over all levels.
 
     Raises:
         SnellaFileError: The text is something else.
     """
-    return _parse_json(text.encode("utf-8", "surrogatepass"), source)
+    return _parse_json(text.encode("utf-8", "surrogatepass"), source, values)
 
 
 def _metadata(value: Any, source: str) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-        raise SnellaFileError(f"{source}: __metadata__ must be a table of texts")
+    if not isinstance(value, dict):
+        raise SnellaFileError(
+            f"{source}: field '__metadata__': expected a table of texts, got {quoted(value)}; "
+            f"{_NOT_OURS}"
+        )
+    for name, item in value.items():
+        if not isinstance(item, str):
+            raise SnellaFileError(
+                f"{source}: field '__metadata__', entry {quoted(name)}: expected a text, got "
+                f"{quoted(item)}; {_NOT_OURS}"
+            )
     return cast(dict[str, str], value)
 
 
@@ -172,22 +229,35 @@ def _is_count(value: Any) -> bool:
 
 
 def _entry(name: str, value: Any, source: str) -> Entry:
-    place = f"{source}: tensor {name!r}"
+    place = f"{source}: tensor {quoted(name, 200)}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise SnellaFileError(f"{place}: expected the fields dtype, shape and data_offsets")
+        raise SnellaFileError(
+            f"{place}: expected the fields dtype, shape and data_offsets, got {quoted(value)}; "
+            f"{_NOT_OURS}"
+        )
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise SnellaFileError(f"{place}: dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
     if not isinstance(shape, list) or len(shape) > 8 or not all(map(_is_count, shape)):
-        raise SnellaFileError(f"{place}: shape {shape!r}, expected up to 8 sizes")
+        raise SnellaFileError(
+            f"{place}: field 'shape': expected a list of up to 8 sizes, got {quoted(shape)}; "
+            f"{_NOT_OURS}"
+        )
+    known = isinstance(dtype, str) and dtype in DTYPES
+    if not known and not (dtype == "F64" and is_version0(name, shape)):
+        raise SnellaFileError(
+            f"{place}: field 'dtype': expected one of {', '.join(DTYPES)}, got {quoted(dtype)}; "
+            "adapters hold no other numbers: ask its author to save it with snell_diffusion"
+        )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise SnellaFileError(f"{place}: data_offsets {offsets!r}, expected [begin, end]")
+        raise SnellaFileError(
+            f"{place}: field 'data_offsets': expected [begin, end] in bytes, got {quoted(offsets)};"
+            f" {_NOT_OURS}"
+        )
     begin, end = offsets
-    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    expected = math.prod(shape) * _READ[dtype].itemsize
     if end - begin != expected:
         raise SnellaFileError(
-            f"{place}: {dtype} of shape {shape} takes {expected} bytes, "
-            f"its offsets {offsets} span {end - begin}"
+            f"{place}: field 'data_offsets': expected {expected:,} bytes for {dtype} of shape "
+            f"{shape}, got {end - begin:,} ({offsets}); the header is damaged: {FETCH}"
         )
     return Entry(dtype, tuple(shape), begin, end)
 
@@ -197,18 +267,26 @@ def _check_layout(entries: Mapping[str, Entry], body: int, source: str) -> None:
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:
             fault = "overlaps the one before it" if entry.begin < position else "leaves a gap"
-            raise SnellaFileError(f"{source}: tensor {name!r} {fault} at byte {entry.begin}")
+            raise SnellaFileError(
+                f"{source}: tensor {quoted(name, 200)} {fault}: expected to begin at byte "
+                f"{position:,} of the body, begins at {entry.begin:,}; {_NOT_OURS}"
+            )
         position = entry.end
     if position > body:
         raise SnellaFileError(
-            f"{source}: {body} of {position} tensor bytes are there: "
-            "the download stopped half-way; fetch the file again"
+            f"{source}: expected {position:,} bytes of tensors, up to the end of {_last(entries)}, "
+            f"got {body:,}: the download stopped half-way; {FETCH}"
         )
     if position < body:
         raise SnellaFileError(
-            f"{source}: {body - position} bytes too many after the last tensor; "
-            "fetch the file again"
+            f"{source}: expected the file to end with {_last(entries)}, got "
+            f"{body - position:,} more bytes; something was appended: {FETCH}"
         )
+
+
+def _last(entries: Mapping[str, Entry]) -> str:
+    name = max(entries, key=lambda name: entries[name].end, default=None)
+    return "the header" if name is None else f"tensor {quoted(name, 200)}"
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -232,7 +310,8 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
         tensor = tensors[name]
         if tensor.dtype not in _CODES:
             raise SnellaFileError(
-                f"tensor {name!r} is {tensor.dtype}; adapters hold {', '.join(DTYPES)}"
+                f"tensor {name!r}: expected one of {', '.join(DTYPES)}, got {tensor.dtype}; nothing "
+                "was written: convert it first"
             )
         raw = tensor_bytes(tensor)
         table[name] = {
@@ -246,8 +325,8 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES or len(order) > MAX_TENSORS:
         raise SnellaFileError(
-            f"{len(order)} tensors with a header of {len(text)} bytes; "
-            f"adapters have at most {MAX_TENSORS} and {MAX_HEADER_BYTES}"
+            f"expected at most {MAX_TENSORS:,} tensors and a header of {MAX_HEADER_BYTES:,} bytes, "
+            f"got {len(order):,} and {len(text):,}; nothing was written: adapt fewer layers"
         )
     return b"".join([len(text).to_bytes(8, "little"), text, *body])
 
@@ -260,24 +339,64 @@ def write_atomic(path: Path, data: bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        _sweep_stale(path)
+        handle, temporary = _locked_temporary(path)
     except OSError as error:
-        raise SnellaFileError(f"{path}: cannot be written ({error.strerror})") from error
+        raise SnellaFileError(
+            f"{path}: cannot be written ({error.strerror}); {disk_of(path)}; choose another folder"
+        ) from error
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fchmod(stream.fileno(), 0o666 & ~_umask())
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)  # while it is locked
         sync_folder(path.parent)
     except OSError as error:
         raise SnellaFileError(
             f"{path}: {len(data)} bytes could not be written ({error.strerror}); "
-            "check the free space"
+            f"{disk_of(path)}; free space there or choose another folder"
         ) from error
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def _locked_temporary(path: Path) -> tuple[int, str]:
+    """A new temporary sibling of `path`, open and locked until it is closed."""
+    while True:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        _lock(handle)
+        # Another process may have swept it before it was locked.
+        if os.path.exists(temporary):
+            return handle, temporary
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Lock an open file without waiting; False if someone holds it or the disk has no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _sweep_stale(path: Path) -> None:
+    """Remove temporary siblings of `path` that a killed process left: those nobody has locked."""
+    stale = re.compile(re.escape(f".{path.name}.") + "[a-z0-9_]{8}")
+    for entry in path.parent.iterdir():
+        if not stale.fullmatch(entry.name):
+            continue
+        try:
+            handle = os.open(entry, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            continue  # gone by now, or not a file of ours
+        try:
+            if _lock(handle):
+                entry.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
 
 
 def _umask() -> int:

@@ -2,15 +2,15 @@
 
     checkpoints/step-000100/   <group>.safetensors ...   state.json   manifest.json (written last)
 
-A folder is filled under a temporary name, every file is flushed, then it is renamed. No pickle is
-written or read. The manifest holds the SHA-256 of every file and is verified before anything loads.
+A folder is filled under a temporary name, flushed, read back and verified, then renamed. No pickle
+is written or read. The manifest holds step, size and SHA-256 of every file; each file also holds
+the step it belongs to. All of it is verified before anything loads.
 """
 
 import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +21,24 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from snell_diffusion.training.checkpoint_files import (
+    Manifest,
+    parse_json,
+    read_manifest,
+    read_verified,
+)
 from snell_diffusion.training.errors import CheckpointError
-from snell_diffusion.training.files import process_alive, sync_folder
+from snell_diffusion.training.files import (
+    cannot_write,
+    process_alive,
+    remove,
+    sweep,
+    sync_folder,
+    temporary_name,
+)
 
-FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})")
-_TEMPORARY = re.compile(r"\.tmp-step-\d{6,}-(\d+)")
+_REPLACED = re.compile(r"\.tmp-(\d{1,10})-replaced-(step-\d{6,})")
 
 Tensors = dict[str, dict[str, Tensor]]
 
@@ -41,12 +53,12 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def _write(path: Path, data: bytes) -> str:
+def _write(path: Path, data: bytes) -> tuple[int, str]:
     with path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return hashlib.sha256(data).hexdigest()
+    return len(data), hashlib.sha256(data).hexdigest()
 
 
 class CheckpointFolder:
@@ -76,40 +88,53 @@ class CheckpointFolder:
     def save(self, step: int, tensors: Tensors, state: dict[str, Any]) -> Path:
         """Publish one checkpoint, then remove those beyond the limit.
 
+        What was written is read back and verified before it is published, and only then does an
+        older one go: one verified checkpoint is there at any time.
+
+        Args:
+            step: Optimizer steps done, 0 or more; `state["step"]` becomes the same.
+            tensors: Tensors by group and name; a group's name is lower-case letters, digits and _.
+            state: Plain JSON values.
+
         Raises:
             CheckpointError: The disk refused the write; earlier checkpoints are untouched.
         """
         final = self.path(step)
-        temporary = self.root / f".tmp-{final.name}-{os.getpid()}"
+        temporary = self.root / temporary_name(final.name)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            self._sweep()
+            self.restore_replaced()
+            sweep(self.root)
             temporary.mkdir()
-            self._fill(temporary, step, tensors, state)
-            if final.exists():
-                shutil.rmtree(final)
-            temporary.rename(final)
-            sync_folder(self.root)
+            self._fill(temporary, step, tensors, {**state, "step": step})
+            self.load(temporary)
+            self._publish(temporary, final)
         except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(
-                f"checkpoint {final} could not be written: {error.strerror or error}; "
-                f"free space or choose another output_dir (earlier checkpoints are untouched)"
+                f"checkpoint {cannot_write(final, error)} (earlier checkpoints are untouched)"
             ) from error
+        finally:
+            remove(temporary)
         self._prune(keep=step)
         return final
 
     def _fill(self, folder: Path, step: int, tensors: Tensors, state: dict[str, Any]) -> None:
-        digests = {}
+        written = {}
         for group, values in tensors.items():
             plain = {k: v.detach().cpu().contiguous().clone() for k, v in values.items()}
-            digests[f"{group}.safetensors"] = _write(
-                folder / f"{group}.safetensors", save_tensors(plain)
-            )
-        digests["state.json"] = _write(folder / "state.json", json.dumps(state).encode())
-        manifest = {"format": FORMAT, "step": step, "sha256": digests}
-        _write(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+            name = f"{group}.safetensors"
+            written[name] = _write(folder / name, save_tensors(plain, {"step": str(step)}))
+        written["state.json"] = _write(folder / "state.json", json.dumps(state).encode())
+        _write(folder / "manifest.json", Manifest(step, written).to_json())
         sync_folder(folder)
+
+    def _publish(self, temporary: Path, final: Path) -> None:
+        replaced = self.root / temporary_name(f"replaced-{final.name}")
+        if final.exists():
+            final.rename(replaced)
+        temporary.rename(final)
+        sync_folder(self.root)
+        remove(replaced)
 
     def _prune(self, keep: int) -> None:
         """Remove the oldest beyond the limit; only after `keep` is published."""
@@ -117,61 +142,80 @@ class CheckpointFolder:
             return
         older = [step for step in self.steps() if step != keep]
         for step in older[: max(0, len(older) - (self.limit - 1))]:
-            shutil.rmtree(self.path(step))
+            self._withdraw(self.path(step))
 
-    def _sweep(self) -> None:
+    def _withdraw(self, folder: Path) -> None:
+        """Remove a published folder: out of sight first, so that a crash leaves no part of it."""
+        hidden = self.root / temporary_name(folder.name)
+        try:
+            folder.rename(hidden)
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint {folder} is beyond the limit of {self.limit}, but could not be "
+                f"removed: {error.strerror or error}; check its permissions"
+            ) from error
+        remove(hidden)
+
+    def restore_replaced(self) -> None:
+        """Put back a checkpoint whose replacement was interrupted between its two renames."""
+        if not self.root.is_dir():
+            return
         for entry in self.root.iterdir():
-            match = _TEMPORARY.fullmatch(entry.name)
+            match = _REPLACED.fullmatch(entry.name)
             if match and (int(match[1]) == os.getpid() or not process_alive(int(match[1]))):
-                shutil.rmtree(entry)
+                final = self.root / match[2]
+                if not final.exists():
+                    entry.rename(final)
 
     def load(self, path: Path) -> Checkpoint:
         """Read and verify one checkpoint folder.
 
+        Files that the manifest does not name are not looked at.
+
         Raises:
             CheckpointError: It is missing or damaged; the message names the file and what is wrong.
         """
-        try:
-            manifest = json.loads((path / "manifest.json").read_bytes())
-            if manifest["format"] != FORMAT:
-                raise CheckpointError(
-                    f"checkpoint {path} has format {manifest['format']}, "
-                    f"this version reads {FORMAT}"
-                )
-            digests, step = dict(manifest["sha256"]), int(manifest["step"])
-        except FileNotFoundError as error:
+        manifest = read_manifest(path)
+        named = _NAME.fullmatch(path.name)
+        if named and int(named[1]) != manifest.step:
             raise CheckpointError(
-                f"checkpoint {path} is not complete: it has no manifest.json"
-            ) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"checkpoint {path}: manifest.json is damaged") from error
-        data = {name: self._verified(path / name, digest) for name, digest in digests.items()}
-        try:
-            state = json.loads(data.pop("state.json"))
-            tensors = {
-                name.removesuffix(".safetensors"): load_tensors(v) for name, v in data.items()
-            }
-        except (KeyError, ValueError, SafetensorError) as error:
-            raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
-        return Checkpoint(path, step, tensors, state)
-
-    @staticmethod
-    def _verified(path: Path, digest: str) -> bytes:
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"checkpoint file {path} is missing or unreadable") from error
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise CheckpointError(
-                f"checkpoint file {path} is damaged: its SHA-256 differs from the manifest"
+                f"checkpoint {path}: manifest.json is of step {manifest.step}, not of step "
+                f"{int(named[1])}: the folder was renamed or mixed with another"
             )
-        return data
+        data = {name: read_verified(path, name, manifest) for name in manifest.files}
+        state = parse_json(path / "state.json", data.pop("state.json"))
+        if state.get("step") != manifest.step:
+            raise CheckpointError(
+                f"checkpoint file {path / 'state.json'} is of step {state.get('step')!r}, the "
+                f"manifest of step {manifest.step}: files of two checkpoints were mixed"
+            )
+        tensors = {
+            name.removesuffix(".safetensors"): _tensors(path / name, content, manifest.step)
+            for name, content in data.items()
+        }
+        return Checkpoint(path, manifest.step, tensors, state)
 
     def latest(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """The newest checkpoint that verifies; each damaged one stepped over is told to `warn`."""
+        self.restore_replaced()
         for step in reversed(self.steps()):
             try:
                 return self.load(self.path(step))
             except CheckpointError as error:
                 warn(f"{error}; trying the one before")
         return None
+
+
+def _tensors(path: Path, data: bytes, step: int) -> dict[str, Tensor]:
+    try:
+        tensors = load_tensors(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"checkpoint file {path} cannot be read: {error}") from error
+    said = header.get("__metadata__", {}).get("step")
+    if said != str(step):
+        raise CheckpointError(
+            f"checkpoint file {path} is of step {said}, the manifest of step {step}: files of two "
+            f"checkpoints were mixed"
+        )
+    return tensors

@@ -1,23 +1,93 @@
-"""Writes that a crash cannot leave half done: temp file, fsync, rename."""
+"""Writes that a crash cannot leave half done: temp file, fsync, rename; and their litter swept.
 
+Whatever is unfinished is called `.tmp-<process id>-<name>`. A process that is killed leaves it
+behind; the next run in the same folder removes what belongs to no living process.
+"""
+
+import errno
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from snell_diffusion.adapters.container import sync_folder
+from snell_diffusion.adapters.disk import disk_of
+from snell_diffusion.training.errors import OutputError
+
+_TEMPORARY = re.compile(r"\.tmp-(\d{1,10})-.+", re.DOTALL)
+_ADVICE = {
+    errno.ENOSPC: "free space there, or choose another output_dir",
+    errno.EDQUOT: "free space within your quota, or choose another output_dir",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or choose another output_dir",
+    errno.EROFS: "choose an output_dir that can be written to",
+}
 
 
 def process_alive(pid: int) -> bool:
-    """Whether a process with this id exists on this machine."""
+    """Whether a process with this id, 1 or more, exists on this machine."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
     return True
+
+
+def cannot_write(path: Path, error: OSError) -> OutputError:
+    """The error for a write that the disk refused: which file, why, which disk, what to do."""
+    advice = _ADVICE.get(error.errno or 0, "check its permissions, or choose another output_dir")
+    return OutputError(
+        f"{path} could not be written: {error.strerror or error}; {disk_of(path)}; {advice}"
+    )
+
+
+def temporary_name(name: str) -> str:
+    """What `name` is called while this process works on it."""
+    return f".tmp-{os.getpid()}-{name}"
+
+
+def sweep(folder: Path) -> None:
+    """Remove the unfinished files and folders of dead processes from `folder` (no subfolders).
+
+    Those under this process's own id go too, for in a container every run has the same id: call
+    this only before this process writes there.
+
+    Raises:
+        OutputError: Something cannot be removed.
+    """
+    if not folder.is_dir():
+        return
+    for entry in folder.iterdir():
+        match = _TEMPORARY.fullmatch(entry.name)
+        if match and (int(match[1]) in (0, os.getpid()) or not process_alive(int(match[1]))):
+            remove(entry)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all in it; one that is already gone is fine.
+
+    Raises:
+        OutputError: It cannot be removed.
+    """
+    # Asked first: a read-only disk refuses to remove even what is not there.
+    if not os.path.lexists(path):
+        return
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(
+            f"{path} could not be removed: {error.strerror or error}; check its permissions"
+        ) from error
 
 
 def write_with(path: Path, write: Callable[[Path], object], *, durable: bool = True) -> None:
@@ -27,25 +97,32 @@ def write_with(path: Path, write: Callable[[Path], object], *, durable: bool = T
         path: Final file; its folder must exist.
         write: Called with the temporary path (same suffix as `path`).
         durable: Also fsync the file and its folder. False for files that are only informative.
+
+    Raises:
+        OutputError: The disk refused the write; `path` is what it was before.
     """
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         write(temporary)
         if durable:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
         temporary.replace(path)
+        if durable:
+            sync_folder(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
-    if durable:
-        sync_folder(path.parent)
+        # On a disk that refuses writes this is refused too; the next sweep removes what is left.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
-    """Replace the content of `path` by `text` (UTF-8) in one step."""
+    """Replace the content of `path` by `text` (UTF-8) in one step; raises `OutputError`."""
     write_with(path, lambda temporary: temporary.write_text(text, "utf-8"), durable=durable)
 
 
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
-    """Replace the content of `path` by `value` as JSON in one step."""
+    """Replace the content of `path` by `value` as JSON in one step; raises `OutputError`."""
     write_text(path, json.dumps(value, indent=1) + "\n", durable=durable)

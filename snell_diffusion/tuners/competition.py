@@ -135,7 +135,27 @@ class Competition:
         return self.allocator.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`.
+
+        Raises:
+            ValueError: It belongs to other layers, or its values have another shape or type;
+                nothing was changed.
+        """
+        self._require_fitting(state)
         self.allocator.load_state_dict(state)
+
+    def _require_fitting(self, state: dict[str, Any]) -> None:
+        shapes = {}
+        for name, layer in self.layers.items():
+            for side, factor in zip("AB", layer.factors(self.adapter), strict=True):
+                shapes |= {f"{kind}.{side}.{name}": factor.shape for kind in "IU"}
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape != shapes.get(key):
+                raise ValueError(
+                    f"saved statistic {key}: expected shape {shapes.get(key)}, got {value.shape}"
+                )
+            if not isinstance(value, (torch.Tensor, int, float)) and key != "metric":
+                raise ValueError(f"saved statistic {key}: expected a number, got {value!r:.80}")
 
 
 def competing_layers(
