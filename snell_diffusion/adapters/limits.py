@@ -7,6 +7,8 @@ WEIGHTS_NAME = "pytorch_snella_weights.safetensors"
 
 MAX_HEADER_BYTES = 4 * 2**20
 MAX_FILE_BYTES = 4 * 2**30
+MAX_HEADER_VALUES = 2**18  # values of all kinds in the container's header; 16,384 tensors take half
+MAX_FIELDS = 2**16  # values of all kinds in our own header; 4,096 layers take 36,864
 MAX_TENSORS = 16_384
 MAX_LAYERS = 4_096  # over all components
 MAX_COMPONENTS = 16
@@ -16,15 +18,23 @@ MAX_FEATURES = 2**20  # inputs or outputs of one layer
 MAX_STRING = 256
 MAX_PROMPT = 2_048  # instance and class prompts, the only long texts
 MAX_METADATA = 64  # entries
+MAX_SETTING = 256  # numbers of a layer's tensors other than its factors
+
+# What a file must not change, whatever it says: it would switch off what the owner switched on.
+NEVER_ADAPTED = frozenset({"safety_checker"})
 
 # An update larger than this many times the base weight (Frobenius norms, per layer) is taken for a
 # damaged or hostile file. Trained adapters stay below 1; the bound is far above any useful one.
 MAX_RELATIVE_UPDATE = 100.0
 # Base weights below this root mean square (zero-initialised layers) count as this large.
 MIN_BASE_RMS = 1e-3
+# Base weights that cannot be read (quantized) count as this large, far above any trained weight.
+UNKNOWN_BASE_RMS = 1.0
 
 # Fixed patterns of our own, never taken from a file; each is linear in the length of its input.
 COMPONENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 MODULE_PATH = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 FIELD_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+WRITER = re.compile(r"snell_diffusion ([0-9]{1,4}(?:\.[0-9]{1,4}){1,2})[a-z0-9.+]{0,32}")
+VERSION = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}")
