@@ -26,9 +26,14 @@ from snell_diffusion.diffusion.run_folder import RunFolder, identity, require_sa
 from snell_diffusion.diffusion.sampling import Sampler, rest
 from snell_diffusion.diffusion.setup import build_model, sizes
 from snell_diffusion.errors import SnellaConfigError
-from snell_diffusion.training.adapter_tensors import adapters_off, evaluating, require_finite
+from snell_diffusion.training.adapter_tensors import (
+    adapters_off,
+    evaluating,
+    trainable_parameters,
+)
 from snell_diffusion.training.errors import CheckpointError, Interrupted, NonFiniteError
 from snell_diffusion.training.files import write_text
+from snell_diffusion.training.finite import require_finite_weights
 from snell_diffusion.training.loop import train
 from snell_diffusion.training.parallel import Parallel
 from snell_diffusion.training.signals import StopRequest
@@ -256,7 +261,8 @@ class Trainer:
     def _save_checkpoint(self) -> Path:
         """Publish the state after the current step, from the main process."""
         step = self._state.step
-        require_finite(self._model.components, f"after step {step}")
+        weights = trainable_parameters(self._model.components)
+        require_finite_weights(weights, f"after step {step}", self._parallel)
         tensors, state = self._state.pack()
         if self._parallel.main:
             state["identity"] = self._identity
@@ -279,7 +285,6 @@ class Trainer:
     def _finish(self) -> RunResult:
         """Write adapter, pictures and model card."""
         components, main = self._model.components, self._parallel.main
-        require_finite(components, "at the end")
         self._tracker.status("saving")
         adapter = self._folder.path / self._folder.adapter_file
         if main:

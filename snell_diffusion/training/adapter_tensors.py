@@ -7,7 +7,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from snell_diffusion.training.errors import CheckpointError, NonFiniteError
+from snell_diffusion.training.errors import CheckpointError
 
 Components = Mapping[str, nn.Module]
 
@@ -61,17 +61,6 @@ def copy_adapter_tensors(components: Components, values: Mapping[str, Tensor]) -
             )
     for name, tensor in live.items():
         tensor.copy_(values[name])
-
-
-def require_finite(components: Components, when: str) -> None:
-    """Refuse NaN or infinite trainable values.
-
-    Raises:
-        NonFiniteError: Names the first such parameter and `when` it was found.
-    """
-    for name, parameter in trainable_parameters(components).items():
-        if not torch.isfinite(parameter).all():
-            raise NonFiniteError(f"{name} holds NaN or infinite values {when}; nothing was saved")
 
 
 @contextmanager

@@ -20,7 +20,12 @@ from snell_diffusion.training.adapter_tensors import (
 )
 from snell_diffusion.training.checkpoints import Checkpoint, Tensors
 from snell_diffusion.training.ema import AdapterEma
-from snell_diffusion.training.errors import NonFiniteError
+from snell_diffusion.training.finite import (
+    refuse_gradients,
+    refuse_loss,
+    refuse_weights,
+    total_norm,
+)
 from snell_diffusion.training.optimizers import pack_optimizer, unpack_optimizer
 from snell_diffusion.training.parallel import Parallel
 from snell_diffusion.training.randomness import seed_torch
@@ -104,6 +109,7 @@ class TrainState:
             "optimizer": optimizer,
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "skipped": self.skipped,
         }
         if self.ema is not None:
             tensors["ema"] = self.ema.shadow
@@ -124,7 +130,7 @@ class TrainState:
             self.ema.load(tensors["ema"])
         if self.competition is not None:
             self.competition.load_state_dict({**state["competition"], **tensors["competition"]})
-        self.step = checkpoint.step
+        self.step, self.skipped = checkpoint.step, state["skipped"]
 
 
 def train(
@@ -149,7 +155,7 @@ def train(
         True if the run ended early, by a stop request on any process.
 
     Raises:
-        NonFiniteError: Loss or gradient is NaN or infinite; the state is that of the step before.
+        NonFiniteError: Loss, gradient or weights are not finite; the step was not taken.
         DivergedError: The processes hold different levels.
     """
     while state.step < settings.steps:
@@ -173,14 +179,25 @@ def _one_step(
     step = state.step + 1
     _set_levels(state, parallel)
     totals = _backward(state, loss_at, settings, parallel, step)
-    state.scaler.unscale_(state.optimizer)
     parallel.average_gradients(state.parameters)
-    limit = settings.max_grad_norm or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(state.parameters, limit)
-    numbers, stopping = _read_numbers(totals, norm, stop, parallel)
-    _require_finite_step(state, numbers, step)
+    # After the exchange, so that an overflow on one process is one on all of them.
+    state.scaler.unscale_(state.optimizer)
+    norms = {
+        "grad_norm": total_norm(p.grad for p in state.parameters if p.grad is not None),
+        "weight_norm": total_norm(state.parameters),
+    }
+    numbers, stopping = _read_numbers(totals, norms, stop, parallel)
+    sound = _require_finite_step(state, loss_at, totals, numbers, parallel)
     numbers["lr"] = float(state.optimizer.param_groups[0]["lr"])
-    _apply(state, parallel, step)
+    if sound:
+        if settings.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(
+                state.parameters, settings.max_grad_norm, norms["grad_norm"]
+            )
+        _apply(state, parallel, step)
+    else:
+        numbers["skipped"] = state.skipped
+        _skip(state)
     state.step = step
     return numbers, stopping
 
@@ -219,33 +236,57 @@ def _backward(
 
 
 def _read_numbers(
-    totals: dict[str, Tensor], norm: Tensor, stop: StopRequest, parallel: Parallel
+    totals: dict[str, Tensor], norms: dict[str, Tensor], stop: StopRequest, parallel: Parallel
 ) -> tuple[dict[str, float], bool]:
-    """Bring the step's numbers to the CPU at once (one wait), averaged over processes."""
-    asked = torch.full_like(norm, float(stop.signum is not None))
-    packed = parallel.mean(torch.stack([*(v.to(norm) for v in totals.values()), norm, asked]))
+    """Bring the step's numbers to the CPU at once (one wait), averaged over processes.
+
+    A value that is not finite on any process is not finite in the mean, so all of them see it.
+    """
+    found = {**totals, **norms}
+    like = norms["grad_norm"]
+    asked = torch.full_like(like, float(stop.signum is not None))
+    packed = parallel.mean(torch.stack([*(v.to(like) for v in found.values()), asked]))
     *values, asked_value = packed.tolist()
-    return dict(zip([*totals, "grad_norm"], values, strict=True)), asked_value > 0
+    return dict(zip(found, values, strict=True)), asked_value > 0
 
 
-def _require_finite_step(state: TrainState, numbers: dict[str, float], step: int) -> None:
-    rate = state.optimizer.param_groups[0]["lr"]
+def _require_finite_step(
+    state: TrainState,
+    loss_at: LossAt,
+    totals: dict[str, Tensor],
+    numbers: dict[str, float],
+    parallel: Parallel,
+) -> bool:
+    """Whether the step can be taken; False if only the scaled gradients overflowed.
+
+    Takes the weights' norm out of `numbers`, and the gradients' where it is not finite.
+    """
+    step, rate = state.step + 1, float(state.optimizer.param_groups[0]["lr"])
+    if not math.isfinite(numbers.pop("weight_norm")):
+        refuse_weights(trainable_parameters(state.components), step, rate, parallel)
     if not math.isfinite(numbers["loss"]):
-        raise NonFiniteError(
-            f"the loss is {numbers['loss']} at step {step}, learning rate {rate:.1e}; the step was "
-            f"not taken. Lower learning_rate, or use mixed_precision no or bf16"
-        )
+        refuse_loss(totals, numbers["loss"], loss_at, step, rate, parallel)
     if math.isfinite(numbers["grad_norm"]):
         state.skipped = 0
-        return
+        return True
     # A GradScaler finds its scale by overflowing now and then; without one this is an error.
+    if not state.scaler.is_enabled() or state.skipped == _MOST_SKIPPED:
+        named = trainable_parameters(state.components).items()
+        gradients = {name: p.grad for name, p in named if p.grad is not None}
+        refuse_gradients(gradients, numbers, step, rate, state.skipped, parallel)
+    del numbers["grad_norm"]
     state.skipped += 1
-    if not state.scaler.is_enabled() or state.skipped > _MOST_SKIPPED:
-        raise NonFiniteError(
-            f"the gradient norm is {numbers['grad_norm']} at step {step} (loss "
-            f"{numbers['loss']:.4g}, learning rate {rate:.1e}); the step was not taken. Lower "
-            f"learning_rate, or use mixed_precision no or bf16"
-        )
+    return False
+
+
+def _skip(state: TrainState) -> None:
+    """Spend the step's batch and lower the gradients' scale; nothing else moves.
+
+    Parameters, scores, average and learning rate stay those of the step before. The scale is set
+    here rather than by the scaler, which sees infinite gradients but no norm beyond float32.
+    """
+    state.scaler.update(state.scaler.get_scale() * state.scaler.get_backoff_factor())
+    state.optimizer.zero_grad(set_to_none=True)
 
 
 def _apply(state: TrainState, parallel: Parallel, step: int) -> None:
