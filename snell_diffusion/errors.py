@@ -14,6 +14,10 @@ The classes are public: code may catch `SnellaError` for all of them. The value-
 still catch them.
 """
 
+from collections.abc import Iterable
+
+MAX_NAME = 160  # characters of one name in a list; longer ones are cut
+
 
 class SnellaError(Exception):
     """Base of all errors of this package."""
@@ -51,8 +55,31 @@ class SnellaBaseError(SnellaError, ValueError):
     """An adapter was trained for another base model than the one it is loaded into."""
 
 
-def shown(names: object, limit: int = 8) -> str:
+def shown(names: Iterable[object], limit: int = 8) -> str:
     """A short, sorted list of names for an error text; says how many were left out."""
-    items = sorted(str(name) for name in names)  # type: ignore[attr-defined]
-    head = ", ".join(items[:limit])
+    items = sorted(str(name) for name in names)
+    head = ", ".join(printable(item[:MAX_NAME]) for item in items[:limit])
     return head if len(items) <= limit else f"{head}, ... ({len(items)} in all)"
+
+
+def quoted(value: object, limit: int = 80) -> str:
+    """A value out of a file for an error text: its repr in ASCII, cut to `limit` characters.
+
+    ASCII, because two names that look alike on the screen may differ.
+    """
+    if isinstance(value, str):
+        value = value[: limit + 1]
+    text = ascii(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def printable(text: str) -> str:
+    """The text with everything that does not print as itself escaped: ESC becomes `\\x1b`.
+
+    A terminal obeys control characters, whoever wrote them. Covers line breaks, marks that reverse
+    the reading direction, and lone surrogates, which no encoding takes.
+    """
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
+        for letter in text
+    )
