@@ -35,13 +35,9 @@ def make_page(root: Path, base: str | Path, recipe: Path = RECIPE, script: Path 
     Raises:
         ImportError: gradio is not installed, or too old.
     """
-    try:
-        from snell_diffusion.app.layout import build
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise ImportError("the app needs gradio: pip install 'snell-diffusion[app]'") from error
     require("gradio")
+    from snell_diffusion.app.layout import build
+
     page = build(Actions(Jobs(root, script), Studio(base), recipe))
     page.queue(max_size=8, default_concurrency_limit=1)
     return page

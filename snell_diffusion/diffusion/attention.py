@@ -32,7 +32,7 @@ from snell_diffusion.tuners.qkv_guard import is_fused
 from snell_diffusion.tuners.traverse import unwrapped
 from snell_diffusion.versions import require
 
-require("diffusers")
+require("diffusers", "transformers")
 
 __all__ = ["SnellaAttnProcessor", "processors_off"]
 

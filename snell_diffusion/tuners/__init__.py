@@ -8,6 +8,12 @@
 A new method is one new file here: a `DeltaConfig`, a `DeltaLayer`, a `DeltaModel` and a `METHOD`.
 """
 
+# ruff: noqa: E402  a library that is too old must be named before its import fails
+
+from snell_diffusion.versions import require
+
+require("torch", "peft", "accelerate")
+
 from snell_diffusion.tuners.base import DeltaConfig, DeltaModel
 from snell_diffusion.tuners.competition import Competition
 from snell_diffusion.tuners.layer import DeltaLayer
