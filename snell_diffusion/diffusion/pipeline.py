@@ -39,7 +39,7 @@ from snell_diffusion.diffusion.loaded import (
     require_unfused,
     strengths_of,
 )
-from snell_diffusion.diffusion.sources import locate
+from snell_diffusion.diffusion.sources import cache_label, locate
 from snell_diffusion.errors import SnellaKeyError, SnellaValueError, shown
 from snell_diffusion.tuners import delta_layers
 from snell_diffusion.tuners.base import warn_about_merge_error
@@ -110,7 +110,8 @@ def load_snella_weights(
             "local_files_only": local_files_only,
             "force_download": force_download,
         }
-        file = read_adapter(locate(source, weight_name, subfolder, **hub))
+        path = locate(source, weight_name, subfolder, **hub)
+        file = read_adapter(path, cache_label(path))
     models = models_of(pipe)
     with processors_off(*models.values()):
         name = adapter_name if adapter_name is not None else free_name(models)

@@ -1,6 +1,7 @@
 """Where an adapter comes from: a file, a folder or a model hub; never outside of what was named."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,13 @@ from snell_diffusion.adapters import WEIGHTS_NAME
 from snell_diffusion.errors import SnellaFileError, SnellaValueError, shown
 from snell_diffusion.versions import require
 
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+require("huggingface_hub")
+
+__all__ = ["cache_label", "locate"]
+
+_HUB_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,255}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def locate(
@@ -17,39 +24,52 @@ def locate(
     subfolder: str | None = None,
     **hub: Any,
 ) -> Path:
-    """The file a source stands for.
+    """The file a source stands for; nothing is opened to find it.
 
     Args:
-        source: A file, a folder, or "owner/name" on the model hub.
+        source: A `.safetensors` file, a folder, or "owner/name" on the model hub.
         weight_name: File in the folder or repository; default `pytorch_snella_weights.safetensors`.
         subfolder: Folder below the folder or repository.
-        hub: Any of `HUB_OPTIONS`, for `huggingface_hub.hf_hub_download`.
+        hub: Any of revision, token, cache_dir, local_files_only and force_download, for
+            `huggingface_hub.hf_hub_download`, which fetches this one file.
 
     Raises:
-        SnellaFileError: Nothing there, or not reachable.
-        SnellaValueError: A name that leads out of the folder.
+        SnellaFileError: Nothing there, no regular file, not reachable, or a link that leads out.
+        SnellaValueError: A name that leads out of the folder, or no plain revision.
     """
     name = _plain_file(weight_name or WEIGHTS_NAME)
     folder = _plain_folder(subfolder)
-    path = Path(source)
-    if path.is_dir():
-        return _inside(path, folder / name)
-    if path.exists():
+    # os.path's tests, unlike pathlib's, take any text for an answer of no.
+    if os.path.isdir(source):
+        return _inside(Path(source), folder, name)
+    if os.path.lexists(source):
         if weight_name or subfolder:
             raise SnellaValueError(
-                f"{path} is a file: weight_name and subfolder are for folders and hub ids"
+                f"{source} is a file: weight_name and subfolder are for folders and hub ids"
             )
-        return path
+        return _weights(Path(source))
     if _is_hub_id(str(source)):
-        return _download(str(source), name, folder, hub)
+        return _download(str(source), folder, name, hub)
     raise SnellaFileError(
-        f"{path}: no such file or folder, and not a hub id of the form 'owner/name'; "
+        f"{source}: no such file or folder, and not a hub id of the form 'owner/name'; "
         "check the spelling and the working folder"
     )
 
 
+def cache_label(path: Path) -> str:
+    """How messages and reports call a file: its path, or for one of the hub's cache
+    "owner/name@<commit>/<file>", so that the commit is on record."""
+    for index in range(len(path.parts) - 3, 0, -1):
+        repository, snapshots, commit = path.parts[index - 1 : index + 2]
+        if snapshots == "snapshots" and repository.startswith("models--"):
+            repository = repository.removeprefix("models--").replace("--", "/")
+            return f"{repository}@{commit}/{'/'.join(path.parts[index + 2 :])}"
+    return str(path)
+
+
 def _plain_file(name: str) -> str:
-    if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
+    plain = name == os.path.basename(name) and not set(name) & {"\\", "\0"}
+    if not plain or not name.endswith(".safetensors"):
         raise SnellaValueError(
             f"weight_name {name[:80]!r}: expected a plain file name ending in .safetensors "
             "(no pickles, no paths; folders go into subfolder)"
@@ -59,42 +79,72 @@ def _plain_file(name: str) -> str:
 
 def _plain_folder(subfolder: str | None) -> Path:
     folder = Path(subfolder or "")
-    if folder.is_absolute() or ".." in folder.parts or "\\" in str(folder):
+    if folder.is_absolute() or ".." in folder.parts or set(str(folder)) & {"\\", "\0"}:
         raise SnellaValueError(
             f"subfolder {str(subfolder)[:80]!r}: expected a folder below the source, without '..'"
         )
     return folder
 
 
-def _inside(root: Path, relative: Path) -> Path:
-    path = root / relative
-    if not path.exists():
-        there = [item.name for item in path.parent.glob("*.safetensors")]
+def _weights(path: Path) -> Path:
+    if path.suffix != ".safetensors":
         raise SnellaFileError(
-            f"{path}: no such file; safetensors files there: {shown(there) or 'none'}. "
-            "Pass weight_name for another name"
+            f"{path}: expected a file ending in .safetensors, or a folder with one; no other kind "
+            "of file is opened"
         )
-    # The hub's cache keeps files in a sibling folder and links to them.
-    resolved = root.resolve()
-    allowed = resolved.parents[1] if resolved.parent.name == "snapshots" else resolved
-    if not path.resolve().is_relative_to(allowed):
-        raise SnellaFileError(f"{path}: a link that leads out of {root}; copy the file there")
+    if not os.path.isfile(path):
+        raise SnellaFileError(
+            f"{path}: expected a regular file, found a folder, pipe, device or dangling link"
+        )
     return path
+
+
+def _inside(root: Path, folder: Path, name: str) -> Path:
+    top = Path(os.path.realpath(root))
+    place = Path(os.path.realpath(top / folder))
+    _refuse_outside(place, [top], root / folder, root)
+    # Listed, not asked for: on a file system without case, another spelling is another file.
+    there = os.listdir(place) if place.is_dir() else []
+    if name not in there:
+        found = [item for item in there if item.endswith(".safetensors")]
+        raise SnellaFileError(
+            f"{root / folder / name}: no such file; safetensors files there: "
+            f"{shown(found) or 'none'}. Pass weight_name for another name"
+        )
+    path = root / folder / name
+    _refuse_outside(Path(os.path.realpath(path)), [top, *_blobs(top)], path, root)
+    return _weights(path)
+
+
+def _refuse_outside(target: Path, allowed: list[Path], path: Path, root: Path) -> None:
+    if not any(target.is_relative_to(folder) for folder in allowed):
+        raise SnellaFileError(f"{path}: a link that leads out of {root}; copy the file there")
+
+
+def _blobs(snapshot: Path) -> list[Path]:
+    """Where the hub's cache keeps the files that a snapshot `models--*/snapshots/<commit>` links
+    to; empty for any other folder."""
+    repository = snapshot.parents[1] if len(snapshot.parents) > 1 else snapshot
+    cached = (
+        _COMMIT.fullmatch(snapshot.name)
+        and snapshot.parent.name == "snapshots"
+        and repository.name.startswith("models--")
+    )
+    return [repository / "blobs"] if cached else []
 
 
 def _is_hub_id(text: str) -> bool:
     parts = text.split("/")
-    return len(parts) == 2 and all(
-        part and part[0] != "." and all(c.isalnum() or c in "._-" for c in part) for part in parts
-    )
+    plain = ".." not in text and "--" not in text
+    return plain and len(parts) == 2 and all(map(_HUB_PART.fullmatch, parts))
 
 
-def _download(repo: str, name: str, folder: Path, hub: dict[str, Any]) -> Path:
-    require("huggingface_hub")
+def _download(repo: str, folder: Path, name: str, hub: dict[str, Any]) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     options = {key: value for key, value in hub.items() if value is not None}
+    _check_revision(options.get("revision"))
     try:
         found = hf_hub_download(
             repo, name, subfolder=None if folder == Path() else folder.as_posix(), **options
@@ -105,4 +155,16 @@ def _download(repo: str, name: str, folder: Path, hub: dict[str, Any]) -> Path:
             f"({type(error).__name__}: {str(error).splitlines()[0][:200]}); there is no such local "
             "path either. Check the name, weight_name, revision and the network"
         ) from error
-    return Path(found)
+    snapshot = Path(found).parents[len(folder.parts)]
+    return _inside(snapshot, folder, name)
+
+
+def _check_revision(revision: Any) -> None:
+    # The hub's client makes a path below its cache from it.
+    if revision is None:
+        return
+    if not isinstance(revision, str) or not _REVISION.fullmatch(revision) or ".." in revision:
+        raise SnellaValueError(
+            f"revision {str(revision)[:80]!r}: expected a branch, a tag or a commit "
+            "(letters, digits, '.', '_', '-', '/')"
+        )
