@@ -1,34 +1,142 @@
-"""`python -m snell_diffusion info FILE`: check an adapter file and show what it holds."""
+"""`python -m snell_diffusion info FILE` shows what a file is; `export FILE` converts it."""
 
 import argparse
+import io
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
-from snell_diffusion.errors import SnellaError
+from snell_diffusion.errors import SnellaError, SnellaValueError, printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, or 1 if the file is refused (its reason goes to standard error)."""
-    parser = argparse.ArgumentParser(prog="python -m snell_diffusion", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    info = commands.add_parser("info", help="check an adapter file and show what it holds")
-    info.add_argument("file", help="a .safetensors file")
-    info.add_argument("--no-layers", action="store_true", help="leave the layer table out")
-    info.add_argument("--json", action="store_true", help="the whole header as JSON")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Prompts and paths may hold letters that the terminal's encoding lacks.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return int(options.run(options))
+    except SnellaError as error:
+        say(f"error: {error}", file=sys.stderr)
+        return 1
 
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; each command's function is in `run`."""
+    root = argparse.ArgumentParser(prog="python -m snell_diffusion", description=__doc__)
+    commands = root.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("info", help="check an adapter file and show what it holds")
+    show.add_argument("file", help="a .safetensors file, or a folder with an adapter")
+    show.add_argument("--no-layers", action="store_true", help="leave the layer table out")
+    show.add_argument("--json", action="store_true", help="the whole header as JSON")
+    show.set_defaults(run=info)
+    write = commands.add_parser("export", help="write an adapter for programs without SNELLA")
+    write.add_argument("file", help="the adapter: a file, a folder, or owner/name on the hub")
+    write.add_argument(
+        "--format",
+        required=True,
+        choices=("merged", "lora", "kohya"),
+        help="merged: a diffusers folder, base + adapter; lora, kohya: an approximation of low "
+        "rank with the key names of diffusers (PEFT) or of kohya (ComfyUI, A1111)",
+    )
+    write.add_argument("--output", required=True, help="folder (merged) or .safetensors file")
+    write.add_argument("--base", help="merged: 'embedded', a diffusers folder, or a hub id")
+    write.add_argument("--revision", help="merged: branch, tag or commit of a base on the hub")
+    write.add_argument(
+        "--allow-other-base", action="store_true", help="merged: a base with other settings"
+    )
+    write.add_argument("--rank", default="64", help="lora, kohya: a number, or 'full' (default 64)")
+    write.add_argument(
+        "--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="of weights"
+    )
+    write.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    write.set_defaults(run=export)
+    return root
+
+
+def say(text: str, file: io.TextIOBase | None = None) -> None:
+    """Print lines that may hold text from a file, without what a terminal would obey."""
+    print("\n".join(map(printable, text.split("\n"))), file=file)
+
+
+def info(options: Namespace) -> int:
+    """Show a file: ours in full; of others, what it seems to be."""
     from snell_diffusion.adapters import inspect_adapter, read_adapter, summary
 
+    path = _file(options.file)
     try:
         if options.json:
-            print(json.dumps(inspect_adapter(options.file), indent=2, sort_keys=True))
+            print(json.dumps(inspect_adapter(path), indent=2, sort_keys=True))
         else:
-            print(summary(read_adapter(options.file), layers=not options.no_layers))
+            say(summary(read_adapter(path), layers=not options.no_layers))
     except SnellaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _info_foreign(path, error)
     return 0
+
+
+def _file(source: str) -> Path:
+    from snell_diffusion.diffusion.sources import locate
+
+    path = Path(source)
+    return path if path.is_file() else locate(source)
+
+
+def _info_foreign(path: Path, refused: SnellaError) -> int:
+    from snell_diffusion.adapters.foreign import describe_foreign, sniff
+
+    try:
+        text = describe_foreign(path)
+    except SnellaError:
+        kind = sniff(path)
+        raise type(refused)(f"{refused}\n  it looks like {kind}" if kind else refused) from None
+    if text is None:
+        raise refused
+    say(text)
+    return 0
+
+
+def export(options: Namespace) -> int:
+    """Write the export and print the error it makes."""
+    from snell_diffusion.adapters import read_adapter
+    from snell_diffusion.adapters.export_lora import export_lora
+
+    file = read_adapter(_file(options.file))
+    shared = {"dtype": options.dtype, "overwrite": options.overwrite}
+    if options.format == "merged":
+        from snell_diffusion.diffusion.export import export_merged
+
+        report = export_merged(
+            file,
+            _base(options.base, file.header.origin.source),
+            options.output,
+            revision=options.revision,
+            allow_other_base=options.allow_other_base,
+            **shared,
+        )
+    else:
+        report = export_lora(file, options.output, _rank(options.rank), options.format, **shared)
+    say(report.table())
+    say(f"written to {report.path}")
+    return 0
+
+
+def _base(given: str | None, trained_on: str | None) -> str:
+    if given is None:
+        hint = f"it was trained on {trained_on!r}" if trained_on else "the file names none"
+        raise SnellaValueError(f"--format merged needs the base model: pass --base ({hint})")
+    return given
+
+
+def _rank(text: str) -> int | None:
+    if text == "full":
+        return None
+    if not text.isascii() or not text.isdigit():
+        raise SnellaValueError(f"--rank {text!r}: expected a number from 1 on, or 'full'")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,141 @@
+"""A whole pipeline with an adapter merged into its weights, as a folder any program can load."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from snell_diffusion.adapters.container import sync_folder
+from snell_diffusion.adapters.export import ExportReport, export_dtype
+from snell_diffusion.adapters.export_merge import merge_adapter
+from snell_diffusion.adapters.read import AdapterFile
+from snell_diffusion.diffusion.loaded import models_of
+from snell_diffusion.errors import SnellaBaseError, SnellaFileError
+from snell_diffusion.versions import require
+
+__all__ = ["REPORT_NAME", "export_merged"]
+
+REPORT_NAME = "snella_export.json"
+
+
+def export_merged(
+    file: AdapterFile,
+    base: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    dtype: str = "float32",
+    overwrite: bool = False,
+    revision: str | None = None,
+    allow_other_base: bool = False,
+) -> ExportReport:
+    """Write base + adapter as a diffusers folder that `from_pretrained` loads.
+
+    The folder appears whole, by one rename. It also holds `snella_export.json`: what the adapter
+    was and what rounding took from its update, per layer.
+
+    Args:
+        base: The model it was trained on: "embedded", a diffusers folder or a hub id. Read in
+            float32; only safetensors weights, no code from the repository.
+        output: Folder to make.
+        dtype: Of all weights written: float32, float16 or bfloat16.
+        overwrite: Replace a folder that an export made (and no other).
+        revision: Branch, tag or commit of a base on the hub.
+
+    Raises:
+        SnellaFileError: The folder exists or cannot be written.
+        SnellaBaseError: No such base, or not the one the adapter was trained on.
+        SnellaError: As `load_adapter`.
+    """
+    target = Path(output)
+    stored = export_dtype(dtype)
+    _check_target(target, overwrite)
+    pipe = _load(str(base), revision)
+    rows = merge_adapter(models_of(pipe), file, stored, allow_other_base)
+    for model in models_of(pipe).values():
+        nn.Module.to(model, dtype=stored)  # diffusers' own `to` warns about any 16-bit dtype
+    report = ExportReport("merged", str(target), dtype, None, file.source, file.digest, rows)
+    _publish(pipe, target, report)
+    return report
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not overwrite:
+        raise SnellaFileError(f"{target}: exists already; choose another name or pass overwrite")
+    if not (target / REPORT_NAME).is_file():
+        raise SnellaFileError(
+            f"{target}: overwrite replaces only a folder that an export made, and this one has no "
+            f"{REPORT_NAME}; choose another name"
+        )
+
+
+def _load(base: str, revision: str | None) -> Any:
+    require("diffusers", "transformers")
+    import torch
+    from diffusers import DiffusionPipeline
+
+    if base == "embedded":
+        from snell_diffusion.models import embedded_path
+
+        base = str(embedded_path())
+    try:
+        return DiffusionPipeline.from_pretrained(
+            base, revision=revision, dtype=torch.float32, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise SnellaBaseError(
+            f"base {base!r} cannot be loaded ({str(error).splitlines()[0][:200]}): give "
+            "'embedded', a diffusers folder with safetensors weights, or a hub id"
+        ) from error
+
+
+def _publish(pipe: Any, target: Path, report: ExportReport) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            made = Path(scratch) / "new"
+            pipe.save_pretrained(made, safe_serialization=True)
+            _hide_paths(made)
+            (made / REPORT_NAME).write_text(report.to_json() + "\n", "utf-8")
+            for path in (*made.rglob("*"), made):
+                _flush(path)
+            _replace(made, target, Path(scratch) / "old")
+    except OSError as error:
+        raise SnellaFileError(
+            f"{target}: could not be written ({error.strerror}); check the free space"
+        ) from error
+
+
+def _hide_paths(folder: Path) -> None:
+    """Of a local base, the configs shall tell the name and not where it lay on this machine."""
+    for path in folder.rglob("*.json"):
+        data = json.loads(path.read_text("utf-8"))
+        origin = data.get("_name_or_path") if isinstance(data, dict) else None
+        if isinstance(origin, str) and os.path.exists(origin):
+            data["_name_or_path"] = Path(origin).resolve().name
+            path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _replace(made: Path, target: Path, aside: Path) -> None:
+    """Put `made` in the place of `target`; if that fails, the old folder comes back."""
+    if target.exists():
+        target.rename(aside)
+    try:
+        made.rename(target)
+    except OSError:
+        if aside.exists():
+            aside.rename(target)
+        raise
+    sync_folder(target.parent)
+
+
+def _flush(path: Path) -> None:
+    """To the disk, before the rename makes it count."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
