@@ -97,6 +97,8 @@ def load_pipeline(base: str | Path) -> Any:
     """A stock StableDiffusionPipeline with a silent progress bar."""
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        base, use_safetensors=True, local_files_only=True
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -184,7 +184,9 @@ class Runner:
             from diffusers import StableDiffusionPipeline
 
             source = base_path(config)
-            self._pipe = StableDiffusionPipeline.from_pretrained(source, dtype=torch.float32)
+            self._pipe = StableDiffusionPipeline.from_pretrained(
+                source, dtype=torch.float32, use_safetensors=True
+            )
         return self._pipe
 
     def _file(self, variant: str, subject: Subject, seed: int) -> Path:
