@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from snell_diffusion.diffusion.data import open_photo
+from snell_diffusion.diffusion.decoding import open_photo
 from snell_diffusion.errors import SnellaValueError
 
 MAX_PHOTOS = 30

@@ -5,22 +5,21 @@ Every photo is opened and fully decoded before a model is loaded; all bad ones a
 
 import hashlib
 import json
-import warnings
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from snell_diffusion.diffusion.decoding import PhotoError, read_photo
 from snell_diffusion.errors import SnellaConfigError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-FORMATS = ("JPEG", "PNG", "WEBP")
 _OTHER_IMAGES = (".heic", ".heif", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jxl", ".svg", ".eps")
-MAX_PIXELS = 50_000_000
-MIN_SIDE = 16
+MAX_PHOTOS = 500
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,9 @@ class Photo:
     digest: str
 
 
-def find_photos(folder: str | Path, prompt: str, use_captions: bool = True) -> list[Photo]:
+def find_photos(
+    folder: str | Path, prompt: str, use_captions: bool = True, most: int | None = MAX_PHOTOS
+) -> list[Photo]:
     """List and check every photo of a folder, sorted by name.
 
     Other files are ignored, but pictures in formats that are not read (heic, gif, ...) are errors,
@@ -42,23 +43,29 @@ def find_photos(folder: str | Path, prompt: str, use_captions: bool = True) -> l
         folder: Folder with jpg, png or webp files, not searched recursively.
         prompt: Prompt of photos without a caption of their own.
         use_captions: Take captions from `name.txt`, else from metadata.jsonl (file_name, text).
+        most: Refuse more photos than this before any is opened; None takes any number.
 
     Raises:
-        SnellaConfigError: No such folder, no photo in it, or bad photos or captions (all named).
+        SnellaConfigError: No such folder, no photo in it, too many, or bad photos or captions (all
+            of them named).
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise SnellaConfigError(f"photo folder '{folder}' does not exist or is not a folder")
-    files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    files = _files(folder)
+    candidates = [p for p in files if p.suffix.lower() in SUFFIXES]
+    if most is not None and len(candidates) > most:
+        raise SnellaConfigError(
+            f"photo folder '{folder}' holds {len(candidates)} photos, at most {most} are taken; "
+            f"a subject needs 3 to 30, so leave the best ones there"
+        )
     bad = {p.name: "is not jpg, png or webp" for p in files if p.suffix.lower() in _OTHER_IMAGES}
     captions = _read_metadata(folder) if use_captions else {}
     photos = []
-    for path in (p for p in files if p.suffix.lower() in SUFFIXES):
+    for path in candidates:
         try:
-            open_photo(path)
+            _, digest = read_photo(path)
             text = _caption(path, captions, prompt) if use_captions else prompt
-            photos.append(Photo(path, text, hashlib.sha256(path.read_bytes()).hexdigest()))
-        except ValueError as error:
+            photos.append(Photo(path, text, digest))
+        except PhotoError as error:
             bad[path.name] = str(error)
     if bad:
         lines = "; ".join(f"{name} {reason}" for name, reason in sorted(bad.items()))
@@ -68,84 +75,80 @@ def find_photos(folder: str | Path, prompt: str, use_captions: bool = True) -> l
     return photos
 
 
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise SnellaConfigError(f"photo folder '{folder}' does not exist or is not a folder")
+    try:
+        return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    except OSError as error:
+        raise SnellaConfigError(
+            f"photo folder '{folder}' cannot be listed: {error.strerror}"
+        ) from error
+
+
 def duplicates(photos: list[Photo]) -> list[str]:
     """Names of photos whose bytes equal an earlier one's."""
-    seen: set[str] = set()
-    return [p.path.name for p in photos if p.digest in seen or seen.add(p.digest)]  # type: ignore[func-returns-value]
+    first: dict[str, Photo] = {}
+    return [p.path.name for p in photos if first.setdefault(p.digest, p) is not p]
 
 
 def _read_metadata(folder: Path) -> dict[str, str]:
     path = folder / "metadata.jsonl"
-    if not path.is_file():
-        return {}
+    try:
+        lines = (_text(path) or "").splitlines()
+    except PhotoError as error:
+        raise SnellaConfigError(f"caption file {path} {error}") from error
     captions = {}
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            captions[str(entry["file_name"])] = str(entry["text"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise SnellaConfigError(
-                f'{path} line {number}: expected {{"file_name": ..., "text": ...}}, got {line[:80]}'
-            ) from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            name, text = _entry(line, f"{path} line {number}")
+            if not os.path.lexists(folder / name):
+                raise SnellaConfigError(
+                    f"{path} line {number}: the folder holds no '{name[:80]}'; correct file_name "
+                    f"or remove the line"
+                )
+            captions[name] = text
     return captions
+
+
+def _entry(line: str, where: str) -> tuple[str, str]:
+    try:
+        entry = json.loads(line)
+        name, text = entry["file_name"], entry["text"]
+    except (ValueError, KeyError, TypeError):
+        name, text = None, None
+    if not (isinstance(name, str) and isinstance(text, str) and text.strip()):
+        raise SnellaConfigError(
+            f'{where}: expected {{"file_name": ..., "text": ...}} with two texts, got {line[:80]}'
+        )
+    return name, text.strip()
 
 
 def _caption(path: Path, captions: dict[str, str], prompt: str) -> str:
     sidecar = path.with_suffix(".txt")
-    if not sidecar.is_file():
+    try:
+        text = _text(sidecar)
+    except PhotoError as error:
+        raise PhotoError(f"has a caption {sidecar.name} that {error}") from error
+    if text is None:
         return captions.get(path.name, prompt)
+    if not text.strip():
+        raise PhotoError(f"has an empty caption {sidecar.name}")
+    return text.strip()
+
+
+def _text(path: Path) -> str | None:
+    """Content of a caption file, None if there is none."""
+    if not os.path.lexists(path):
+        return None
     try:
-        text = sidecar.read_text("utf-8").strip()
+        if path.is_file():
+            return path.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"has a caption {sidecar.name} that is not UTF-8 text") from error
-    if not text:
-        raise ValueError(f"has an empty caption {sidecar.name}")
-    return text
-
-
-def open_photo(path: Path) -> Image.Image:
-    """Decode one photo to upright RGB: EXIF orientation applied, transparency on white.
-
-    Raises:
-        ValueError: It is not a whole jpg, png or webp of at most `MAX_PIXELS` pixels and at least
-            `MIN_SIDE` pixels on each side. The message starts with a verb ("is ...").
-    """
-    if not path.is_file():
-        raise ValueError("is not a regular file")
-    try:
-        with warnings.catch_warnings():
-            # Size is checked below with a message of our own.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                _check_size(image.size)
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
-    except UnidentifiedImageError as error:
-        raise ValueError("is not a jpg, png or webp file, whatever its name says") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"has more than {MAX_PIXELS // 10**6} million pixels") from error
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"cannot be decoded ({error})") from error
-
-
-def _check_size(size: tuple[int, int]) -> None:
-    width, height = size
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"is {width}x{height}, more than {MAX_PIXELS // 10**6} million pixels")
-    if min(size) < MIN_SIDE:
-        raise ValueError(f"is {width}x{height}, below {MIN_SIDE} pixels on a side")
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16-bit grey: PIL's own conversion to 8 bits clips instead of scaling.
-        return Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+        raise PhotoError("is not UTF-8 text") from error
+    except OSError as error:
+        raise PhotoError(f"cannot be read ({error.strerror})") from error
+    raise PhotoError("is not a regular file")
 
 
 def to_square(

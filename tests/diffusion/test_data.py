@@ -9,14 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from snell_diffusion.diffusion import data
-from snell_diffusion.diffusion.data import (
-    data_digest,
-    duplicates,
-    find_photos,
-    open_photo,
-    to_square,
-)
+from snell_diffusion.diffusion.data import data_digest, duplicates, find_photos, to_square
+from snell_diffusion.diffusion.decoding import MAX_PIXELS, open_photo
 from snell_diffusion.errors import SnellaConfigError
 
 # How a camera stores a scene for each EXIF orientation: the operation that undoes the display's.
@@ -92,7 +86,7 @@ def huge(path: Path) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "empty.jpg": (lambda p: p.write_bytes(b""), "is not a jpg, png or webp file"),
+    "empty.jpg": (lambda p: p.write_bytes(b""), "is empty"),
     "text.png": (lambda p: p.write_text("hello"), "is not a jpg, png or webp file"),
     "page.jpg": (lambda p: p.write_text("<html></html>"), "is not a jpg, png or webp file"),
     "renamed.png": (lambda p: scene().save(p, "TIFF"), "is not a jpg, png or webp file"),
@@ -100,7 +94,11 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut.png": (lambda p: cut(p, "good.png"), "cannot be decoded"),
     "huge.png": (huge, "is 10000x5001, more than 50 million pixels"),
     "thin.png": (lambda p: Image.new("RGB", (4000, 1)).save(p), "is 4000x1, below 16 pixels"),
-    "dangling.png": (lambda p: p.symlink_to("nowhere.png"), "is not a regular file"),
+    "strip.png": (
+        lambda p: Image.new("1", (20_000, 16)).save(p),
+        "is 20000x16, more than 10 times as long",
+    ),
+    "dangling.png": (lambda p: p.symlink_to("nowhere.png"), "is missing, or a link that leads"),
     "folder.png": (lambda p: p.mkdir(), "is not a regular file"),
     "phone.heic": (lambda p: p.write_bytes(b"x"), "is not jpg, png or webp"),
     "moving.gif": (lambda p: scene().save(p), "is not jpg, png or webp"),
@@ -152,6 +150,9 @@ def test_captions(tmp_path: Path) -> None:
         ("a.txt", b"  \n", "a.png has an empty caption a.txt"),
         ("a.txt", b"\xff\xfe\x00", "a.png has a caption a.txt that is not UTF-8"),
         ("metadata.jsonl", b"{}\n", "metadata.jsonl line 1: expected"),
+        ("metadata.jsonl", b"\xff", "caption file .*metadata.jsonl is not UTF-8 text"),
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": 3}', "line 1: expected .* two texts"),
+        ("metadata.jsonl", b'{"file_name": "b.png", "text": "x"}', "the folder holds no 'b.png'"),
         ("metadata.jsonl", b'{"file_name": "a.png", "text": "x"}\nnope\n', "line 2: .*got nope"),
     ],
 )
@@ -160,6 +161,30 @@ def test_bad_captions_are_named(tmp_path: Path, file: str, content: bytes, messa
     (tmp_path / file).write_bytes(content)
     with pytest.raises(SnellaConfigError, match=message):
         find_photos(tmp_path, "x")
+
+
+def test_captions_must_be_files(tmp_path: Path) -> None:
+    scene().save(tmp_path / "a.png")
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(SnellaConfigError, match=r"a\.png has a caption a\.txt that is not a regu"):
+        find_photos(tmp_path, "x")
+    (tmp_path / "a.txt").rmdir()
+    (tmp_path / "metadata.jsonl").symlink_to("nowhere")
+    with pytest.raises(SnellaConfigError, match=r"metadata.jsonl is not a regular file"):
+        find_photos(tmp_path, "x")
+
+
+def test_more_photos_than_the_limit_are_refused_unopened(tmp_path: Path) -> None:
+    for index in range(4):
+        (tmp_path / f"{index}.png").write_text("no picture")
+    with pytest.raises(SnellaConfigError, match="holds 4 photos, at most 3 are taken"):
+        find_photos(tmp_path, "x", most=3)
+
+
+def test_pictures_in_pairs_are_photos(tmp_path: Path) -> None:
+    """Some cameras put a preview behind the photo (MPO); that is no animation."""
+    scene().save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[scene()], quality=95)
+    assert len(find_photos(tmp_path, "x")) == 1
 
 
 def test_doubles_are_found(tmp_path: Path) -> None:
@@ -195,4 +220,4 @@ def test_real_photos(dreambooth: Callable[[str], Path]) -> None:
 
 
 def test_limit_is_below_the_library_s_own() -> None:
-    assert data.MAX_PIXELS < Image.MAX_IMAGE_PIXELS
+    assert MAX_PIXELS < Image.MAX_IMAGE_PIXELS
