@@ -8,19 +8,36 @@ from typing import Any
 
 import torch
 from peft import inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from snell_diffusion.adapters.state import layer_tensors, method_name
+from snell_diffusion.adapters.state import layer_tensors, live_value, method_name
 from snell_diffusion.tuners import DeltaLayer, delta_layers
 from snell_diffusion.tuners.qkv_guard import release
 from snell_diffusion.tuners.traverse import unwrapped
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by their path in the base model, the outermost where tuners wrap each other."""
+    """Modules by their path in the base model, the outermost where tuners wrap each other.
+
+    What a tuner layer has beside the layer it wraps, a LoRA's own matrices for one, is not among
+    them: no file may adapt another adapter.
+    """
     found: dict[str, nn.Module] = {}
-    for name, module in unwrapped(model).named_modules():
-        found.setdefault(name.replace(".base_layer", ""), module)
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module, path: str) -> None:
+        found.setdefault(path, module)
+        if module in seen:
+            return
+        seen.add(module)
+        if isinstance(module, BaseTunerLayer):
+            walk(module.base_layer, path)
+            return
+        for name, child in module.named_children():
+            walk(child, f"{path}.{name}" if path else name)
+
+    walk(unwrapped(model), "")
     return found
 
 
@@ -80,13 +97,13 @@ def skeleton(leaves: Mapping[str, nn.Module]) -> nn.Module:
 
 @torch.no_grad()
 def fill(layer: DeltaLayer, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Copy an adapter's tensors into its layer, in the layer's own precision.
+    """Copy an adapter's tensors, as a file holds them, into its layer in its own precision.
 
     A threshold that is not there becomes NaN: it is taken from the sparsity level.
     """
     for name, live in layer_tensors(layer, adapter_name).items():
         if name in tensors:
-            live.copy_(tensors[name].reshape(live.shape))
+            live.copy_(live_value(name, tensors[name], name).reshape(live.shape))
         elif name.endswith("_threshold"):
             live.fill_(torch.nan)
 

@@ -195,9 +195,7 @@ def _parse_json(raw: bytes, source: str, values: int) -> dict[str, Any]:
     return table
 
 
-def parse_strict_json(
-    text: str, source: str, values: int = MAX_HEADER_VALUES
-) -> dict[str, Any]:
+def parse_strict_json(text: str, source: str, values: int = MAX_HEADER_VALUES) -> dict[str, Any]:
     """A JSON table from text; refuses repeated keys, NaN, infinities and anything but a table.
 
     Args:
@@ -310,8 +308,8 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
         tensor = tensors[name]
         if tensor.dtype not in _CODES:
             raise SnellaFileError(
-                f"tensor {name!r}: expected one of {', '.join(DTYPES)}, got {tensor.dtype}; nothing "
-                "was written: convert it first"
+                f"tensor {name!r}: expected one of {', '.join(DTYPES)}, got {tensor.dtype}; "
+                "nothing was written: convert it first"
             )
         raw = tensor_bytes(tensor)
         table[name] = {

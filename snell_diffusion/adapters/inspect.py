@@ -5,6 +5,7 @@ from typing import Any
 
 from snell_diffusion.adapters.read import AdapterFile, read_adapter
 from snell_diffusion.adapters.schema import Component
+from snell_diffusion.errors import printable
 
 __all__ = ["inspect_adapter", "summary"]
 
@@ -32,7 +33,8 @@ def summary(file: AdapterFile, layers: bool = True) -> str:
     lines += [f"  {name}: {value}" for name, value in sorted(header.metadata.items())]
     for name, part in header.components.items():
         lines += ["", *_component(name, part, layers)]
-    return "\n".join(lines)
+    # Whatever a file says is text for people, and a terminal would obey its control characters.
+    return "\n".join(printable(line) for line in lines)
 
 
 def _component(name: str, part: Component, layers: bool) -> list[str]:

@@ -2,8 +2,9 @@
 
 Phase one rebuilds the adapter on a skeleton: stand-ins of the adapted modules at their paths, with
 the real tuner layers around them. What could fail on the model fails there, and the size of the
-update is measured there, while the model is only looked at. Phase two repeats the same steps on the
-model; should anything fail even then, what was put in is taken out again.
+update is measured there, while the model is only looked at: names and shapes of all components
+first, since only the updates cost time. Phase two repeats the same steps on the model; should
+anything fail even then, what was put in is taken out again.
 """
 
 from collections.abc import Mapping
@@ -28,12 +29,14 @@ from snell_diffusion.adapters.attach import (
 from snell_diffusion.adapters.identity import config_hash
 from snell_diffusion.adapters.read import AdapterFile
 from snell_diffusion.adapters.schema import Component, Layer
-from snell_diffusion.adapters.state import Components, config_from, layer_tensors
+from snell_diffusion.adapters.state import Components, config_from, layer_tensors, stored_shape
 from snell_diffusion.errors import (
     SnellaBaseError,
     SnellaKeyError,
     SnellaShapeError,
     SnellaValueError,
+    printable,
+    quoted,
     shown,
 )
 from snell_diffusion.tuners import delta_layers
@@ -97,22 +100,29 @@ def load_adapter(
     for component, part in file.header.components.items():
         if component not in components:
             raise SnellaKeyError(
-                f"{file.source}: adapts {component!r} ({_trained_on(part)}), which is not among "
-                f"{shown(components) or 'the given components'}: load it into a pipeline of the "
+                f"{file.source}: adapts {component!r} ({_trained_on(part)}), expected one of "
+                f"{shown(components) or 'no component at all'}: load it into a pipeline of the "
                 "kind it was trained for"
             )
+    if not max_relative_update > 0:
+        raise SnellaValueError(
+            f"max_relative_update: expected a number above 0, got {max_relative_update!r}; leave "
+            f"it out for {limits.MAX_RELATIVE_UPDATE:g}"
+        )
     check_free(components, adapter_name)
     parts = {name: components[name] for name in file.header.components}
     matches = {
         name: _check_base(model, file.header.components[name], name, file.source, allow_other_base)
         for name, model in parts.items()
     }
+    shadows = {name: _rehearse(model, name, file, adapter_name) for name, model in parts.items()}
     largest = max(
-        _check_component(model, name, file, adapter_name, max_relative_update)
-        for name, model in parts.items()
+        _check_updates(shadow, f"{file.source}: layer {name}", adapter_name, max_relative_update)
+        for name, shadow in shadows.items()
     )
+    del shadows
     _commit(components, parts, file, adapter_name)
-    factors = [tensor for tensor in file.tensors.values() if tensor.dim() > 1]
+    factors = [tensor for name, tensor in file.tensors.items() if name.endswith(("_A", "_B"))]
     return LoadReport(
         adapter_name=adapter_name,
         source=file.source,
@@ -132,11 +142,13 @@ def check_adapter_name(name: object) -> None:
     """
     if not isinstance(name, str) or not limits.ADAPTER_NAME.fullmatch(name):
         raise SnellaValueError(
-            f"adapter name {str(name)[:80]!r}: expected 1 to 64 letters, digits, '_' or '-'"
+            f"adapter_name: expected 1 to 64 letters, digits, '_' or '-', got {quoted(name)}; "
+            "choose another"
         )
     if hasattr(nn.ParameterDict(), name):
         raise SnellaValueError(
-            f"adapter name {name!r} is a name torch uses itself; choose another, e.g. 'my_{name}'"
+            f"adapter_name: expected a name that torch does not use itself, got {name!r}; choose "
+            f"another, e.g. 'my_{name}'"
         )
 
 
@@ -159,7 +171,7 @@ def check_free(components: Components, adapter_name: str) -> None:
 
 
 def _trained_on(part: Component) -> str:
-    return f"{len(part.layers)} layers of a {part.base.model if part.base else 'model'}"
+    return f"{len(part.layers)} layers of a {printable(part.base.model) if part.base else 'model'}"
 
 
 def _check_base(
@@ -174,16 +186,19 @@ def _check_base(
         return True
     if allow_other:
         return False
+    field = "class" if came != expected else "config_hash"
     what = (
-        f"was trained on {expected}, this is {came}"
+        f"expected {came} as in this pipeline, got {quoted(expected)}, on which it was trained"
         if came != expected
-        else f"was trained on a {expected} with other settings (config hash "
-        f"{part.base.config_hash[:12]}, this model has {config_hash(base)[:12]})"
+        else f"expected {config_hash(base)[:12]}... as of this {came}, got "
+        f"{part.base.config_hash[:12]}...: it was trained on a {came} with other settings"
     )
     hint = (
         _misfits(model, part) or "all its layers fit; allow_other_base=True loads it all the same"
     )
-    raise SnellaBaseError(f"{source}: component {component!r} {what}: {hint}")
+    raise SnellaBaseError(
+        f"{source}: header field 'components.{component}.base.{field}': {what}; {hint}"
+    )
 
 
 def _misfits(model: nn.Module, part: Component) -> str:
@@ -192,10 +207,13 @@ def _misfits(model: nn.Module, part: Component) -> str:
     for path, row in part.layers.items():
         linear = _linear(modules.get(path))
         if linear is None:
-            return f"it has no Linear {path!r}"
+            return f"this model has no Linear {path!r}: load the base it was trained on"
         if [linear.out_features, linear.in_features] != row.shape:
             came = [linear.out_features, linear.in_features]
-            return f"{path!r} is [out, in] = {came} here, {row.shape} in the file"
+            return (
+                f"{path!r} is [out, in] = {came} here, {row.shape} in the file: load the base it "
+                "was trained on"
+            )
     return ""
 
 
@@ -205,23 +223,31 @@ def _linear(module: nn.Module | None) -> nn.Linear | None:
     return module if isinstance(module, nn.Linear) else None
 
 
-def _check_component(
-    model: nn.Module, component: str, file: AdapterFile, adapter_name: str, bound: float
-) -> float:
-    """Phase one for one component; returns the largest |ΔW| / |W|."""
+def _rehearse(model: nn.Module, component: str, file: AdapterFile, adapter_name: str) -> nn.Module:
+    """One component's adapter on a skeleton of the model, every name and shape checked."""
     part = file.header.components[component]
     linears = _check_modules(model, component, part, file.source)
     config = config_from(part, file.source)
     leaves = {path: stand_in(linear, has_plain_weight(linear)) for path, linear in linears.items()}
     shadow = skeleton(leaves)
     inject(shadow, config, part.layers, adapter_name)
-    largest = 0.0
     for path, layer in delta_layers(shadow, adapter_name):
         tensors = file.by_layer[f"{component}.{path}"]
-        place = f"{file.source}: {component}.{path}"
+        place = f"{file.source}: layer {component}.{path}"
         _check_tensors(layer_tensors(layer, adapter_name), tensors, part.layers[path], place)
         fill(layer, adapter_name, tensors)
+    return shadow
+
+
+def _check_updates(shadow: nn.Module, source: str, adapter_name: str, bound: float) -> float:
+    """Refuse updates out of proportion; returns the largest |ΔW| / |W|."""
+    largest = 0.0
+    for path, layer in delta_layers(shadow, adapter_name):
+        place = f"{source}.{path}"
         largest = max(largest, _relative_update(layer, adapter_name, bound, place))
+        # A stored threshold or a level of 1 hides entries that `set_snella_sparsity` brings back.
+        layer.set_sparsity(adapter_name, 0.0)  # type: ignore[operator]
+        _relative_update(layer, adapter_name, bound, f"{place} at level 0")
     return largest
 
 
@@ -237,9 +263,10 @@ def _check_modules(
     missing = [path for path in part.layers if _linear(modules.get(path)) is None]
     if missing:
         raise SnellaKeyError(
-            f"{source}: {len(missing)} of {len(part.layers)} layers are no Linear of this "
-            f"{component} ({type(unwrapped(model)).__name__}): {shown(missing, 4)}; "
-            f"the adapter holds {_trained_on(part)}"
+            f"{source}: header field 'components.{component}.layers': expected Linear layers of "
+            f"this {type(unwrapped(model)).__name__}, got {len(missing)} of {len(part.layers)} "
+            f"that are none: {shown(missing, 4)}; load the base it was trained on "
+            f"({_trained_on(part)})"
         )
     linears = {}
     for path, row in part.layers.items():
@@ -248,8 +275,9 @@ def _check_modules(
         came = [linear.out_features, linear.in_features]
         if came != row.shape:
             raise SnellaShapeError(
-                f"{source}: {component}.{path}: the file's layer is [out, in] = {row.shape}, "
-                f"this model's is {came}; the adapter is for another model size"
+                f"{source}: layer {component}.{path}: expected [out, in] = {came} as in this "
+                f"model, got {row.shape}; the adapter is for another model size: load the base it "
+                "was trained on"
             )
         if linear.weight.device.type == "meta":
             raise SnellaValueError(
@@ -273,38 +301,44 @@ def _check_tensors(
     unknown = tensors.keys() - live.keys()
     if missing or unknown:
         raise SnellaKeyError(
-            f"{place}: tensors missing: {shown(missing) or 'none'}; unknown: "
-            f"{shown(unknown) or 'none'}; the layer needs {shown(live.keys() - optional)}"
+            f"{place}: expected the tensors {shown(live.keys() - optional)}, missing: "
+            f"{shown(missing) or 'none'}, unknown: {shown(map(quoted, unknown)) or 'none'}; the "
+            "file is incomplete or of another version: get it again, or upgrade snell_diffusion"
         )
     for name, tensor in tensors.items():
-        if tensor.shape != live[name].shape:
+        expected = stored_shape(name, live[name])
+        if tensor.shape != expected:
             raise SnellaShapeError(
-                f"{place}.{name} has shape {tuple(tensor.shape)}, expected "
-                f"{tuple(live[name].shape)} for a layer of {row.shape[1]} inputs and "
-                f"{row.shape[0]} outputs with r={row.r}, heads={row.heads}"
+                f"{place}: tensor {name!r}: expected shape {list(expected)} for a layer of "
+                f"{row.shape[1]} inputs and {row.shape[0]} outputs with r={row.r}, "
+                f"heads={row.heads}, got {list(tensor.shape)}; the file was changed after it was "
+                "written: get it again"
             )
 
 
 @torch.no_grad()
 def _relative_update(layer: Any, adapter_name: str, bound: float, place: str) -> float:
     delta = layer.get_delta_weight(adapter_name)
-    size = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
-    if size != size or size == float("inf"):
-        raise SnellaValueError(
-            f"{place}: the update holds NaN or infinite values although its tensors are finite; "
-            "use another checkpoint of this adapter"
-        )
     weight = layer.get_base_layer().weight
-    if weight.device.type == "meta":
-        return 0.0
-    floor = limits.MIN_BASE_RMS * delta.numel() ** 0.5
-    ratio = size / max(float(torch.linalg.vector_norm(weight, dtype=torch.float32)), floor)
-    if ratio > bound:
+    known = weight.device.type != "meta"
+    largest = torch.finfo(weight.dtype if known else torch.float32).max
+    if not float(delta.abs().max()) <= largest:
         raise SnellaValueError(
-            f"{place}: the update is {ratio:.3g} times as large as the weight it is added to "
-            f"(accepted: {bound:g}); the file is damaged, or raise max_relative_update"
+            f"{place}: expected an update of finite {weight.dtype} numbers, got NaN, infinite or "
+            "larger ones although its tensors are finite; use another checkpoint of this adapter"
         )
-    return ratio
+    size = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
+    rms = limits.MIN_BASE_RMS if known else limits.UNKNOWN_BASE_RMS
+    floor = rms * delta.numel() ** 0.5
+    norm = float(torch.linalg.vector_norm(weight, dtype=torch.float32)) if known else 0.0
+    ratio = size / max(norm, floor)
+    if not ratio <= bound:
+        raise SnellaValueError(
+            f"{place}: expected an update at most {bound:g} times as large as the weight it is "
+            f"added to, got {ratio:.3g} times; the file is damaged: use another checkpoint, or "
+            "raise max_relative_update"
+        )
+    return ratio if known else 0.0
 
 
 def _commit(

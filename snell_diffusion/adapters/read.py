@@ -1,6 +1,7 @@
 """Files, bytes and state dicts to a validated `AdapterFile`; nothing of a model is touched here."""
 
 import io
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,13 +15,15 @@ from torch import Tensor
 from snell_diffusion.adapters.bare import bare_header, method_settings
 from snell_diffusion.adapters.container import (
     DTYPES,
+    FETCH,
     Head,
     open_regular,
     parse_strict_json,
     read_head,
     read_tensors,
 )
-from snell_diffusion.adapters.limits import MAX_TENSORS
+from snell_diffusion.adapters.doubles import join_doubles
+from snell_diffusion.adapters.limits import MAX_FIELDS, MAX_SETTING, MAX_TENSORS
 from snell_diffusion.adapters.schema import (
     DIGEST_KEY,
     HEADER_KEY,
@@ -31,14 +34,20 @@ from snell_diffusion.adapters.schema import (
     header_from,
     parse_header,
 )
+from snell_diffusion.adapters.version0 import is_version0, migrated
 from snell_diffusion.errors import (
     SnellaFileError,
     SnellaKeyError,
     SnellaSchemaError,
     SnellaShapeError,
     SnellaValueError,
+    printable,
+    quoted,
     shown,
 )
+
+CHUNK = 2**20  # values looked at together: a check must not need as much memory as a tensor
+AGAIN = "the file was changed after it was written: get it again from its author"
 
 __all__ = ["AdapterFile", "read_adapter", "read_header"]
 
@@ -49,9 +58,10 @@ class AdapterFile:
 
     Attributes:
         header: What the file says about itself.
-        tensors: By full name (`state`), on the CPU, in the file's dtypes; all finite.
+        tensors: By full name (`state`), on the CPU, as a file of format 1.0 holds them (levels in
+            three parts, see `doubles`); all finite.
         source: File, hub id or "state dict", for messages.
-        digest: "sha256:..." of header and tensors, None for a state dict.
+        digest: "sha256:..." of the header and the tensors in the file, None for a state dict.
     """
 
     header: Header
@@ -93,7 +103,7 @@ def read_adapter(
     path = Path(source)
     stream, size = open_regular(path)
     with stream:
-        return _from_stream(stream, size, name or str(path))
+        return _from_stream(stream, size, name or printable(str(path)))
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[Header, Head]:
@@ -102,24 +112,28 @@ def read_header(path: str | os.PathLike[str]) -> tuple[Header, Head]:
     Raises:
         SnellaFileError, SnellaSchemaError: As `read_adapter`.
     """
+    source = printable(str(path))
     stream, size = open_regular(Path(path))
     with stream:
-        head = read_head(stream, size, str(path))
-    return parse_header(head.metadata, str(path)), head
+        head = read_head(stream, size, source)
+    return parse_header(head.metadata, source), head
 
 
 def _from_stream(stream: BinaryIO, size: int, source: str) -> AdapterFile:
     head = read_head(stream, size, source)
     header = parse_header(head.metadata, source)
     _check_tensor_names(header, head.entries, source)
+    # Before the body is read: so it holds what the table accounts for and nothing more.
+    _check_shapes(header, {name: entry.shape for name, entry in head.entries.items()}, source)
     tensors = read_tensors(stream, head, source)
     expected = head.metadata[DIGEST_KEY]
     came = digest(head.metadata[HEADER_KEY], tensors)
     if came != expected:
         raise SnellaFileError(
-            f"{source}: the content was changed after it was written "
-            f"(digest {came[:23]}..., the header says {expected[:23]!r}...); fetch the file again"
+            f"{source}: field {DIGEST_KEY!r}: expected {quoted(expected[:23])}..., the content has "
+            f"{came[:23]}...: header or tensors were changed after they were written; {FETCH}"
         )
+    tensors = migrated(tensors, source)
     _check_values(header, tensors, source)
     return AdapterFile(header, tensors, source, came)
 
@@ -128,26 +142,38 @@ def _from_state_dict(state: Mapping[str, Any], source: str) -> AdapterFile:
     text = state.get(HEADER_KEY)
     tensors = {name: value for name, value in state.items() if name != HEADER_KEY}
     if len(tensors) > MAX_TENSORS:
-        raise SnellaFileError(f"{source}: {len(tensors)} tensors, expected at most {MAX_TENSORS}")
+        raise SnellaFileError(
+            f"{source}: expected at most {MAX_TENSORS:,} tensors, got {len(tensors):,}; this is no "
+            "SNELLA adapter"
+        )
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise SnellaFileError(
-                f"{source}: {str(name)[:80]!r} is a {type(tensor).__name__}, expected a tensor"
+                f"{source}: entry {quoted(name)}: expected a tensor under a name, got a "
+                f"{type(tensor).__name__}; pass a dict as of snella_state_dict"
             )
-        if tensor.dtype not in DTYPES.values() or tensor.device.type == "meta":
+        known = tensor.dtype in DTYPES.values() or (
+            tensor.dtype == torch.float64 and is_version0(name, tensor.shape)
+        )
+        if not known or tensor.device.type == "meta":
             raise SnellaFileError(
-                f"{source}: tensor {name!r} is {tensor.dtype} on {tensor.device}; expected "
-                f"{', '.join(DTYPES)} with data"
+                f"{source}: tensor {quoted(name, 200)}: expected one of {', '.join(DTYPES)} with "
+                f"data, got {tensor.dtype} on {tensor.device}; convert it or load it to a device"
             )
     copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    copies = migrated(copies, source)
     if text is None:
         data = bare_header(copies, source)
     elif isinstance(text, str):
-        data = parse_strict_json(text, f"{source}: {HEADER_KEY}")
+        data = parse_strict_json(text, f"{source}: field {HEADER_KEY!r}", MAX_FIELDS)
     else:
-        raise SnellaFileError(f"{source}: {HEADER_KEY} is a {type(text).__name__}, expected text")
+        raise SnellaFileError(
+            f"{source}: field {HEADER_KEY!r}: expected a text, got a {type(text).__name__}; pass a "
+            "dict as of snella_state_dict"
+        )
     header = header_from(data, source)
     _check_tensor_names(header, copies, source)
+    _check_shapes(header, {name: tuple(t.shape) for name, t in copies.items()}, source)
     _check_values(header, copies, source)
     return AdapterFile(header, copies, source, None)
 
@@ -170,60 +196,90 @@ def _check_tensor_names(header: Header, names: Mapping[str, Any], source: str) -
             strangers.append(name)
     if strangers:
         raise SnellaKeyError(
-            f"{source}: tensors that belong to no layer of the table: {shown(strangers)}; "
-            "an adapter cannot set anything else"
+            f"{source}: expected only tensors of the layers in its table, got "
+            f"{shown(map(_name, strangers))}; an adapter can set nothing else: {AGAIN}"
         )
     empty = (set(prefixes) - seen) | (methods - set(names))
     if empty:
-        raise SnellaKeyError(f"{source}: no tensors for {shown(empty)}; the file is incomplete")
+        raise SnellaKeyError(
+            f"{source}: expected tensors for every layer in its table, got none for "
+            f"{shown(empty)}; the file is incomplete: {AGAIN}"
+        )
+
+
+def _name(tensor_name: str) -> str:
+    return quoted(tensor_name, 200)[1:-1]
+
+
+def _check_shapes(header: Header, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Factors have the layer's sizes; everything else is a handful of numbers."""
+    for component, part in header.components.items():
+        for path, layer in part.layers.items():
+            stem, columns = f"{component}.{path}.{part.method}", layer.r // layer.heads
+            for short, features in (("A", layer.shape[1]), ("B", layer.shape[0])):
+                expected = (layer.heads, features, columns)
+                came = shapes.get(f"{stem}_{short}", expected)
+                if came != expected:
+                    raise SnellaShapeError(
+                        f"{source}: tensor '{stem}_{short}': expected shape {list(expected)} "
+                        "([heads, features, columns]) by the layer table, got "
+                        f"{list(came)}; {AGAIN}"
+                    )
+    for name, shape in shapes.items():
+        if not name.endswith(("_A", "_B")) and math.prod(shape) > MAX_SETTING:
+            raise SnellaShapeError(
+                f"{source}: tensor {_name(name)!r}: expected a setting of at most {MAX_SETTING} "
+                f"numbers, got shape {list(shape)}; {AGAIN}"
+            )
 
 
 def _check_values(header: Header, tensors: Mapping[str, Tensor], source: str) -> None:
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
+        bad = _count_not_finite(tensor)
+        if bad:
             raise SnellaValueError(
-                f"{source}: tensor {name!r} holds {bad} NaN or infinite values of "
-                f"{tensor.numel()}; use another checkpoint of this adapter"
+                f"{source}: tensor {name!r}: expected finite numbers, got {bad:,} NaN or infinite "
+                f"ones of {tensor.numel():,}; use another checkpoint of this adapter"
             )
     for component, part in header.components.items():
         _check_method(component, part, tensors[f"{component}.{part.method}_method"], source)
         for path, layer in part.layers.items():
-            if [part.config.get("r"), part.config.get("heads")] != [layer.r, layer.heads]:
-                raise SnellaSchemaError(
-                    f"{source}: layer {component}.{path} has r={layer.r}, heads={layer.heads}; the "
-                    f"config says r={part.config.get('r')}, heads={part.config.get('heads')}"
-                )
-            _check_layer(f"{component}.{path}.{part.method}", layer, tensors, source)
+            for name, value in (("r", layer.r), ("heads", layer.heads)):
+                if part.config.get(name) != value:
+                    raise SnellaSchemaError(
+                        f"{source}: header field 'components.{component}.config.{name}': expected "
+                        f"{value} as in layer {path!r}, got "
+                        f"{quoted(part.config.get(name))}; {AGAIN}"
+                    )
+            _check_level(f"{component}.{path}.{part.method}", layer, tensors, source)
+
+
+def _count_not_finite(tensor: Tensor) -> int:
+    return sum(int((~torch.isfinite(chunk)).sum()) for chunk in tensor.reshape(-1).split(CHUNK))
 
 
 def _check_method(component: str, part: Component, tensor: Tensor, source: str) -> None:
-    for name, value in method_settings(part.method, tensor, f"{source}: {component}").items():
+    place = f"{source}: tensor '{component}.{part.method}_method'"
+    for name, value in method_settings(part.method, tensor, place).items():
         if part.config.get(name) != value:
             raise SnellaSchemaError(
-                f"{source}: component {component!r}: setting {name} is {part.config.get(name)!r} "
-                f"in the header, {value!r} in its tensor; the file was put together wrongly"
+                f"{place}: setting {name}: expected {quoted(part.config.get(name))} as in the "
+                f"header, got {value!r}; {AGAIN}"
             )
 
 
-def _check_layer(stem: str, layer: Layer, tensors: Mapping[str, Tensor], source: str) -> None:
-    out_features, in_features = layer.shape
-    columns = layer.r // layer.heads
-    expected = {
-        f"{stem}_A": (layer.heads, in_features, columns),
-        f"{stem}_B": (layer.heads, out_features, columns),
-    }
-    for name, shape in expected.items():
-        if name in tensors and tuple(tensors[name].shape) != shape:
-            raise SnellaShapeError(
-                f"{source}: tensor {name!r} has shape {tuple(tensors[name].shape)}, the layer "
-                f"table says {shape} ([heads, features, columns])"
-            )
-    for short, stated in (("sparsity", layer.sparsity), ("threshold", layer.threshold)):
-        stored = tensors.get(f"{stem}_{short}")
-        came = None if stored is None or stored.numel() != 1 else float(stored)
-        if came != stated:
-            raise SnellaValueError(
-                f"{source}: {stem}_{short} is {came}, the layer table says {stated}; "
-                "the file was put together wrongly"
-            )
+def _check_level(stem: str, layer: Layer, tensors: Mapping[str, Tensor], source: str) -> None:
+    place = f"{source}: tensor '{stem}_"
+    level, threshold = tensors.get(f"{stem}_sparsity"), tensors.get(f"{stem}_threshold")
+    came = None if level is None else join_doubles(level, f"{place}sparsity'").tolist()
+    if came != layer.sparsity:
+        raise SnellaValueError(
+            f"{place}sparsity': expected {layer.sparsity} as in the layer table, got "
+            f"{quoted(came)}; {AGAIN}"
+        )
+    came = None if threshold is None else threshold.tolist()
+    if came != layer.threshold:
+        raise SnellaValueError(
+            f"{place}threshold': expected {layer.threshold} as in the layer table, got "
+            f"{quoted(came)}; {AGAIN}"
+        )

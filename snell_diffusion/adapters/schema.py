@@ -10,6 +10,7 @@ The container's `__metadata__` holds three texts (and `format: pt`, which other 
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -25,13 +26,16 @@ from pydantic import (
 from torch import Tensor
 
 from snell_diffusion.adapters import limits
-from snell_diffusion.adapters.container import parse_strict_json, tensor_bytes
-from snell_diffusion.errors import SnellaFileError, SnellaSchemaError, shown
+from snell_diffusion.adapters.container import FETCH, parse_strict_json, tensor_bytes
+from snell_diffusion.errors import SnellaFileError, SnellaSchemaError, quoted, shown
 
 FORMAT_KEY, HEADER_KEY, DIGEST_KEY = "snella.format", "snella.header", "snella.digest"
 
 # What a reader of this version can compute. A writer lists what its adapter needs in `requires`.
 FEATURES = frozenset({"snella"})
+
+READING = f"the file is damaged or was not written by snell_diffusion: {FETCH}"
+WRITING = "nothing was written: change it and save again"
 
 Text = Annotated[str, StringConstraints(max_length=limits.MAX_STRING)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -42,20 +46,27 @@ Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 def _is_scalar(value: Any, longest: int) -> bool:
     if isinstance(value, str):
         return len(value) <= longest
-    return value is None or isinstance(value, (bool, int, float))
+    if isinstance(value, (bool, int)):
+        return abs(value) < 2**63
+    return value is None or (isinstance(value, float) and math.isfinite(value))
 
 
 def _setting(value: Any) -> Any:
     """A value of a method's config; its exact type and range are the config class's to check."""
     items = value if isinstance(value, list) and len(value) <= 64 else [value]
     if not all(_is_scalar(item, limits.MAX_STRING) for item in items):
-        raise ValueError(f"expected a number, text of up to {limits.MAX_STRING}, or list of those")
+        raise ValueError(
+            f"expected a finite number, a text of at most {limits.MAX_STRING} characters, or a "
+            "list of at most 64 of those"
+        )
     return value
 
 
 def _note(value: Any) -> Any:
     if not _is_scalar(value, limits.MAX_PROMPT):
-        raise ValueError(f"expected a number or a text of at most {limits.MAX_PROMPT} characters")
+        raise ValueError(
+            f"expected a finite number or a text of at most {limits.MAX_PROMPT:,} characters"
+        )
     return value
 
 
@@ -130,45 +141,92 @@ def parse_header(metadata: Mapping[str, str], source: str) -> Header:
         SnellaFileError: No adapter of this package, another major format, or unknown features.
         SnellaSchemaError: A field is missing, unknown, mistyped or out of range.
     """
-    if FORMAT_KEY not in metadata or HEADER_KEY not in metadata or DIGEST_KEY not in metadata:
+    missing = [key for key in (FORMAT_KEY, HEADER_KEY, DIGEST_KEY) if key not in metadata]
+    if len(missing) == 3:
         raise SnellaFileError(
-            f"{source}: safetensors, but not a SNELLA adapter (expected {FORMAT_KEY}, {HEADER_KEY} "
-            f"and {DIGEST_KEY} in its metadata, found {shown(metadata) or 'none'}); "
-            "load LoRA files with load_lora_weights"
+            f"{source}: safetensors, but not a SNELLA adapter: expected {shown(missing)} in field "
+            f"'__metadata__', got {shown(metadata) or 'nothing'}; load LoRA files with "
+            "load_lora_weights"
         )
-    newer = _check_version(metadata[FORMAT_KEY], source)
-    data = parse_strict_json(metadata[HEADER_KEY], f"{source}: {HEADER_KEY}")
+    # First of all the version: a later one may keep the rest elsewhere.
+    newer = FORMAT_KEY in metadata and _is_newer(metadata, source)
+    if missing:
+        raise SnellaFileError(
+            f"{source}: field '__metadata__': expected {shown(missing)} too, got only "
+            f"{shown(metadata)}; without it the content cannot be checked: {FETCH}"
+        )
+    text = metadata[HEADER_KEY]
+    data = parse_strict_json(text, f"{source}: field {HEADER_KEY!r}", limits.MAX_FIELDS)
+    if newer:
+        _check_features(data, source)
     header = header_from(data, source, ignore_unknown=newer)
     if header.format != metadata[FORMAT_KEY]:
         raise SnellaSchemaError(
-            f"{source}: header field 'format' is {header.format!r}, the file says "
-            f"{metadata[FORMAT_KEY]!r}; fetch the file again"
+            f"{source}: header field 'format': expected {metadata[FORMAT_KEY]!r} as in "
+            f"{FORMAT_KEY}, got {header.format!r}; {READING}"
         )
-    unknown = sorted(set(header.requires) - FEATURES)
-    if unknown:
-        raise SnellaFileError(
-            f"{source}: needs {shown(unknown)}, this version knows {shown(FEATURES)}; "
-            f"written by {header.writer}: upgrade snell_diffusion to at least that version"
-        )
+    _check_features(data, source)
     return header
 
 
-def _check_version(text: str, source: str) -> bool:
+def _check_features(data: Mapping[str, Any], source: str) -> None:
+    """Refuse what this version cannot compute; before all else in the header of a later version."""
+    requires = data.get("requires")
+    if not isinstance(requires, list) or not all(isinstance(name, str) for name in requires):
+        return  # the schema says what is wrong with it
+    unknown = sorted(set(requires) - FEATURES)
+    if unknown:
+        raise SnellaFileError(
+            f"{source}: header field 'requires': expected features this version knows "
+            f"({shown(FEATURES)}), got {shown(map(quoted, unknown))}; {_what_to_install(data)}"
+        )
+
+
+def _is_newer(metadata: Mapping[str, str], source: str) -> bool:
     """True if the file's format is a later minor version of ours; raises for another major one."""
+    text = metadata[FORMAT_KEY]
+    if not limits.VERSION.fullmatch(text):
+        raise SnellaSchemaError(
+            f"{source}: field {FORMAT_KEY!r}: expected a version such as '{limits.FORMAT}', got "
+            f"{quoted(text)}; {READING}"
+        )
     major, _, minor = text.partition(".")
-    if not (major.isascii() and major.isdigit() and minor.isascii() and minor.isdigit()):
-        raise SnellaSchemaError(f"{source}: {FORMAT_KEY} is {text!r}, expected e.g. '1.0'")
     ours = limits.FORMAT.partition(".")
     if major != ours[0]:
         raise SnellaFileError(
-            f"{source}: format {text}, this version reads format {ours[0]}.x; "
-            f"install a version of snell_diffusion that reads format {major}"
+            f"{source}: field {FORMAT_KEY!r}: expected {ours[0]}.x, which this version reads, got "
+            f"{text}; {_what_to_install(_header_table(metadata, source))}"
         )
     return int(minor) > int(ours[2])
 
 
-def header_from(data: dict[str, Any], source: str, ignore_unknown: bool = False) -> Header:
+def _header_table(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
+    """The header of another format, as far as it is JSON; empty if not."""
+    try:
+        return parse_strict_json(metadata.get(HEADER_KEY, ""), source, limits.MAX_FIELDS)
+    except SnellaFileError:
+        return {}
+
+
+def _what_to_install(data: Mapping[str, Any]) -> str:
+    """The next step for a file of another version: the writer's own, if it tells a plain number."""
+    writer = data.get("writer")
+    known = limits.WRITER.fullmatch(writer) if isinstance(writer, str) else None
+    if known is None:
+        return "install another version of snell_diffusion: pip install --upgrade snell-diffusion"
+    return (
+        f"install snell_diffusion {known[1]}, which wrote it, or a later version: "
+        f"pip install --upgrade 'snell-diffusion>={known[1]}'"
+    )
+
+
+def header_from(
+    data: dict[str, Any], source: str, ignore_unknown: bool = False, hint: str = READING
+) -> Header:
     """A `Header` from plain data; with `ignore_unknown`, fields we do not know cost one warning.
+
+    Args:
+        hint: What an error tells to do next.
 
     Raises:
         SnellaSchemaError: The first field that does not fit, with what it should be.
@@ -176,26 +234,53 @@ def header_from(data: dict[str, Any], source: str, ignore_unknown: bool = False)
     try:
         header = Header.model_validate(data)
     except ValidationError as error:
-        extra = [item["loc"] for item in error.errors() if item["type"] == "extra_forbidden"]
+        faults = error.errors(include_url=False)
+        extra = [item["loc"] for item in faults if item["type"] == "extra_forbidden"]
         if not (ignore_unknown and extra):
-            raise _schema_error(error, source) from None
+            raise _schema_error(faults[0], source, hint) from None
         names = shown({".".join(map(str, location)) for location in extra})
-        warnings.warn(f"{source}: written by a later version; ignored: {names}", stacklevel=4)
         for location in extra:
             _drop(data, location)
-        return header_from(data, source)
-    _check_names(header, source)
+        header = header_from(data, source, hint=hint)
+        warnings.warn(
+            f"{source}: written by {quoted(header.writer)}, a later version; ignored: {names}; "
+            "upgrade snell_diffusion to use them",
+            stacklevel=4,
+        )
+        return header
+    _check_names(header, source, hint)
     return header
 
 
-def _schema_error(error: ValidationError, source: str) -> SnellaSchemaError:
-    first = error.errors()[0]
-    field = ".".join(str(part)[:80] for part in first["loc"])
-    came = repr(first["input"])
-    came = came if len(came) <= 80 else f"{came[:77]}..."
+# Our own words, not pydantic's, which may change with its version; {x} comes from its context.
+_EXPECTED = {
+    "dict_type": "expected a table",
+    "extra_forbidden": f"format {limits.FORMAT} has no such field",
+    "finite_number": "expected a finite number",
+    "float_type": "expected a number",
+    "greater_than_equal": "expected {ge} or more",
+    "int_type": "expected a whole number",
+    "less_than_equal": "expected {le} or less",
+    "list_type": "expected a list",
+    "literal_error": "expected {expected}",
+    "missing": "expected it to be there",
+    "model_type": "expected a table",
+    "string_pattern_mismatch": "expected a text that matches {pattern}",
+    "string_too_long": "expected at most {max_length} characters",
+    "string_type": "expected a text",
+    "too_long": "expected at most {max_length} entries",
+    "too_short": "expected {min_length} or more entries",
+    "value_error": "{error}",
+}
+
+
+def _schema_error(fault: Any, source: str, hint: str) -> SnellaSchemaError:
+    field = ".".join(str(part)[: limits.MAX_STRING] for part in fault["loc"])
+    expected = _EXPECTED.get(fault["type"])
+    text = expected.format(**fault.get("ctx", {})) if expected else fault["msg"]
+    came = "nothing" if fault["type"] == "missing" else quoted(fault["input"])
     return SnellaSchemaError(
-        f"{source}: header field {field!r}: {first['msg']}; came {came}; "
-        "the file is damaged or not written by snell_diffusion"
+        f"{source}: header field {quoted(field, 300)}: {text}, got {came}; {hint}"
     )
 
 
@@ -205,30 +290,52 @@ def _drop(data: Any, location: tuple[Any, ...]) -> None:
     data.pop(location[-1], None)
 
 
-def _check_names(header: Header, source: str) -> None:
-    """Names the type system cannot express: components, literal module paths, metadata keys."""
+def _check_names(header: Header, source: str, hint: str) -> None:
+    """What the types cannot express: names, totals, and numbers that belong together."""
     for name in header.components:
-        _match(limits.COMPONENT_NAME, name, "component", source)
+        _match(limits.COMPONENT_NAME, name, "components", source, hint)
+        if name in limits.NEVER_ADAPTED:
+            raise SnellaSchemaError(
+                f"{source}: header field 'components': expected parts that make pictures, got "
+                f"{name!r}, which no adapter may change; {hint}"
+            )
     for name in header.metadata:
-        _match(limits.FIELD_NAME, name, "metadata", source)
+        _match(limits.FIELD_NAME, name, "metadata", source, hint)
     total = sum(len(part.layers) for part in header.components.values())
     if total > limits.MAX_LAYERS:
-        raise SnellaSchemaError(f"{source}: {total} layers, expected at most {limits.MAX_LAYERS}")
-    for component in header.components.values():
-        for path, layer in component.layers.items():
-            _match(limits.MODULE_PATH, path, "layer", source)
-            if not all(1 <= size <= limits.MAX_FEATURES for size in layer.shape):
-                raise SnellaSchemaError(
-                    f"{source}: layer {path!r} has shape {layer.shape}, "
-                    f"expected sizes from 1 to {limits.MAX_FEATURES}"
-                )
-
-
-def _match(pattern: Any, name: str, what: str, source: str) -> None:
-    if len(name) > limits.MAX_STRING or not pattern.fullmatch(name):
         raise SnellaSchemaError(
-            f"{source}: {what} name {name[:80]!r} is not a plain name "
-            f"(letters, digits, underscores{', dots between' if what == 'layer' else ''})"
+            f"{source}: header field 'components': expected at most {limits.MAX_LAYERS:,} layers "
+            f"in all, got {total:,}; {hint}"
+        )
+    for component, part in header.components.items():
+        for path, layer in part.layers.items():
+            _match(limits.MODULE_PATH, path, f"components.{component}.layers", source, hint)
+            _check_row(layer, f"{source}: header field 'components.{component}.layers.{path}", hint)
+
+
+def _check_row(layer: Layer, place: str, hint: str) -> None:
+    if not all(1 <= size <= limits.MAX_FEATURES for size in layer.shape):
+        raise SnellaSchemaError(
+            f"{place}.shape': expected sizes from 1 to {limits.MAX_FEATURES:,}, got "
+            f"{quoted(layer.shape)}; {hint}"
+        )
+    if layer.r % layer.heads:
+        raise SnellaSchemaError(
+            f"{place}.heads': expected a divisor of r={layer.r}, got {layer.heads}; {hint}"
+        )
+    if layer.kept > layer.shape[0] * layer.shape[1]:
+        raise SnellaSchemaError(
+            f"{place}.kept': expected at most {layer.shape[0] * layer.shape[1]}, the entries of "
+            f"shape {layer.shape}, got {quoted(layer.kept)}; {hint}"
+        )
+
+
+def _match(pattern: Any, name: str, field: str, source: str, hint: str) -> None:
+    if len(name) > limits.MAX_STRING or not pattern.fullmatch(name):
+        dots = ", dots between" if pattern is limits.MODULE_PATH else ""
+        raise SnellaSchemaError(
+            f"{source}: header field {field!r}: expected plain names (letters, digits, "
+            f"underscores{dots}), got {quoted(name)}; {hint}"
         )
 
 

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snell_diffusion.adapters.container import FETCH
+from snell_diffusion.adapters.doubles import join_doubles, split_doubles
 from snell_diffusion.adapters.schema import Component
-from snell_diffusion.errors import SnellaConfigError, SnellaKeyError, shown
+from snell_diffusion.errors import SnellaConfigError, SnellaKeyError, quoted, shown
 from snell_diffusion.tuners import DeltaLayer, delta_layers
 
 Components = Mapping[str, nn.Module]
@@ -52,30 +54,53 @@ def layer_tensors(layer: DeltaLayer, adapter_name: str) -> dict[str, Tensor]:
     }
 
 
+def is_double(short: str) -> bool:
+    """Whether a layer's tensor is a float64 number in memory, three float32 parts in a file."""
+    return short.endswith("_sparsity")
+
+
+def stored_shape(short: str, live: Tensor) -> tuple[int, ...]:
+    """The shape in a file of one of a layer's tensors."""
+    return (*live.shape, 3) if is_double(short) else tuple(live.shape)
+
+
+def live_value(short: str, stored: Tensor, place: str) -> Tensor:
+    """One of a layer's tensors in memory, from what the file holds.
+
+    Raises:
+        SnellaValueError: Parts that make no number; the message names `place`.
+    """
+    return join_doubles(stored, place) if is_double(short) else stored
+
+
 def adapter_state(
     components: Components, adapter_name: str = "default", dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """A copy of one adapter's tensors on the CPU, ready for a file.
+    """A copy of one adapter's tensors on the CPU as a file holds them: float32, levels in parts.
 
     A threshold of NaN means "taken from the sparsity level"; it is left out, as every tensor of an
     adapter is finite.
 
     Args:
-        dtype: Storage of the factor matrices; None keeps them as they are (float32). With a
-            16-bit dtype thresholds are left out too: they belong to the unrounded factors.
+        dtype: Storage of the factor matrices; None is float32. With a 16-bit dtype thresholds are
+            left out too: they belong to the unrounded factors.
 
     Raises:
         SnellaKeyError: No layer has an adapter of that name.
+        SnellaValueError: A sparsity level too small for a file.
     """
     state: dict[str, Tensor] = {}
     for component, path, layer in adapter_layers(components, adapter_name):
         for short, tensor in layer_tensors(layer, adapter_name).items():
             if short.endswith("_threshold") and (bool(tensor.isnan()) or dtype is not None):
                 continue
-            narrow = dtype is not None and tensor.dim() > 1
-            state[f"{component}.{path}.{short}"] = tensor.detach().to(
-                device="cpu", dtype=dtype if narrow else None, copy=True
-            )
+            name = f"{component}.{path}.{short}"
+            tensor = tensor.detach().to("cpu")
+            if is_double(short):
+                state[name] = split_doubles(tensor, f"{name} of adapter {adapter_name!r}")
+                continue
+            narrow = dtype if tensor.dim() > 1 else None
+            state[name] = tensor.to(dtype=narrow or torch.float32, copy=True)
     if not state:
         raise SnellaKeyError(
             f"no layer of {shown(components) or 'no component'} has a SNELLA adapter named "
@@ -144,13 +169,17 @@ def config_from(component: Component, source: str) -> Any:
     method = METHODS.get(component.method.upper())
     if method is None:
         known = shown(name.lower() for name in METHODS)
-        raise SnellaConfigError(f"{source}: method {component.method!r} is unknown; known: {known}")
+        raise SnellaConfigError(
+            f"{source}: header field 'method': expected one of {known}, got "
+            f"{quoted(component.method)}; upgrade snell_diffusion"
+        )
     known_fields = {field.name for field in dataclasses.fields(method.config)} - _NOT_SAVED
     unknown = set(component.config) - known_fields
     if unknown:
         raise SnellaConfigError(
-            f"{source}: method {component.method!r} has no setting {shown(unknown)}; "
-            f"known: {shown(known_fields, 40)}"
+            f"{source}: header field 'config': expected settings of method {component.method!r} "
+            f"({shown(known_fields, 40)}), got {shown(map(quoted, unknown))}; upgrade "
+            "snell_diffusion, or have the file saved without them"
         )
     try:
         return method.config(
@@ -158,5 +187,6 @@ def config_from(component: Component, source: str) -> Any:
         )
     except (TypeError, ValueError) as error:
         raise SnellaConfigError(
-            f"{source}: settings of method {component.method!r} are refused: {error}"
+            f"{source}: header field 'config': {error}; the file is damaged or was not written by "
+            f"snell_diffusion: {FETCH}"
         ) from error

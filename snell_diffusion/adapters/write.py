@@ -16,6 +16,7 @@ from snell_diffusion.adapters.schema import (
     DIGEST_KEY,
     FORMAT_KEY,
     HEADER_KEY,
+    WRITING,
     Header,
     digest,
     header_from,
@@ -132,7 +133,7 @@ def describe(
         parts[component]["layers"][path] = row if narrow is None else {**row, "threshold": None}
     for component, part in parts.items():
         tensors[f"{component}.{part['method']}_method"] = method_tensor(
-            part["method"], part["config"]
+            part["method"], part["config"], f"adapter {adapter_name!r}"
         )
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -150,6 +151,7 @@ def describe(
             "metadata": dict(metadata or {}),
         },
         f"adapter {adapter_name!r}",
+        hint=WRITING,
     )
     return header, tensors
 
