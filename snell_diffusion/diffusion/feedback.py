@@ -35,6 +35,7 @@ class RunFeedback:
         drift: Class images for the drift from the base, or None.
         sampler: Draws pictures.
         autocast: Makes the precision context of the run.
+        draws: Whether this process takes part in drawing; only the main one writes pictures.
     """
 
     def __init__(
@@ -47,11 +48,12 @@ class RunFeedback:
         drift: Probe | None,
         sampler: Sampler,
         autocast: Callable[[], AbstractContextManager[Any]],
+        draws: bool,
     ) -> None:
         self._config, self._folder, self._state = config, folder, state
         self._tracker, self._sampler = tracker, sampler
         self._held_out, self._drift = held_out, drift
-        self._autocast = autocast
+        self._autocast, self._draws = autocast, draws
         self._base_loss: float | None = None
         self._kept_share: float | None = None
         self._loss: float | None = None
@@ -122,7 +124,7 @@ class RunFeedback:
 
     def _draw(self, step: int) -> None:
         prompts, count = self._config.prompts, self._config.num_validation_images
-        if not prompts or not self._tracker.main:
+        if not prompts or not self._draws:
             return
         self._tracker.status("sampling")
         columns, indices = prompts * count, [i for i in range(count) for _ in prompts]
@@ -132,6 +134,8 @@ class RunFeedback:
         except Exception as error:
             # A picture is never worth the run; the reason is kept in the log.
             self._tracker.note(f"sampling at step {step} failed and was skipped: {error}")
+            return
+        if not self._tracker.main:
             return
         rows = [pictures[i * len(prompts) : (i + 1) * len(prompts)] for i in range(count)]
         grid = sheet(rows, [f"step {step:06d}"] * count, prompts, self._side)

@@ -109,8 +109,9 @@ def start_processes(config: TrainConfig) -> Parallel:
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise SnellaConfigError("mixed_precision fp16 needs a GPU; use bf16 or no on the CPU")
 
-    def make_accelerator() -> Accelerator:
+    def make_accelerator(cpu: bool) -> Accelerator:
         return Accelerator(
+            cpu=cpu,
             mixed_precision=config.mixed_precision,
             log_with=None if config.report_to == "none" else config.report_to,
             project_config=ProjectConfiguration(config.output_dir, f"{config.output_dir}/logs"),

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.config_files import config_text, config_values
 from snell_diffusion.diffusion.data import Photo, data_digest
+from snell_diffusion.diffusion.drawing import LedSampler
 from snell_diffusion.diffusion.dry_run import dry_run
 from snell_diffusion.diffusion.feedback import RunFeedback
 from snell_diffusion.diffusion.inputs import Photos
@@ -35,7 +36,7 @@ from snell_diffusion.training.errors import CheckpointError, Interrupted, NonFin
 from snell_diffusion.training.files import write_text
 from snell_diffusion.training.finite import require_finite_weights
 from snell_diffusion.training.loop import train
-from snell_diffusion.training.parallel import Parallel
+from snell_diffusion.training.parallel import Parallel, digest_of
 from snell_diffusion.training.signals import StopRequest
 from snell_diffusion.training.tracking import Event, Tracker, cut_log, peak_memory
 
@@ -73,6 +74,7 @@ def run(config: TrainConfig, on_event: OnEvent | None = None) -> RunResult:
                 return dry_run(config, photos, parallel, stop, on_event)
             return Trainer(config, folder, photos, parallel, stop, on_event).run()
     finally:
+        parallel.accelerator.end_training()
         # Another run in this process may use another precision.
         AcceleratorState._reset_state()
         gc.collect()
@@ -102,13 +104,18 @@ class Trainer:
         self._config, self._folder, self._photos = config, folder, photos
         self._parallel, self._stop, self._on_event = parallel, stop, on_event
         self._notes: list[str] = photos.summary(config)
-        checkpoint = folder.find_checkpoint(self._notes.append)
+        with parallel.accelerator.main_process_first():
+            checkpoint = folder.find_checkpoint(self._notes.append)
         self._model = build_model(config, parallel.device, parallel)
         self._state = build_state(config, self._model.components, parallel)
         self._identity = identity(config, photos.digest(), self._model.base, parallel.world)
         if checkpoint is not None:
             require_same(checkpoint, self._identity)
             self._state.restore(checkpoint)
+        parallel.require_equal(
+            digest_of(self._identity, self._state.step),
+            "settings, photos, base or checkpoint of the run",
+        )
         self._resumed = checkpoint is not None
         self._class_digest = checkpoint.state["class_images"] if checkpoint else None
         self._sampler = Sampler(
@@ -132,7 +139,6 @@ class Trainer:
             raise
         finally:
             self._tracker.close()
-            self._parallel.accelerator.end_training()
 
     def _open(self) -> Tracker:
         """Take the run folder: the first writes of the run."""
@@ -190,6 +196,7 @@ class Trainer:
             drift,
             self._sampler,
             self._parallel.accelerator.autocast,
+            draws=self._parallel.main or self._parallel.shares_forward,
         )
         if self._state.step == 0:
             self._feedback.after(0)
@@ -198,10 +205,9 @@ class Trainer:
         config, folder = self._config, self._folder.class_images
         if not config.with_prior_preservation:
             return []
-        if self._parallel.main:
-            components, autocast = self._model.components, self._parallel.accelerator.autocast
-            with evaluating(components), adapters_off(components), autocast():
-                complete_images(config, folder, self._sampler, self._class_progress)
+        components, autocast = self._model.components, self._parallel.accelerator.autocast
+        with evaluating(components), adapters_off(components), autocast():
+            self._complete_class_images(folder)
         self._parallel.wait()
         found = Photos.class_photos(given_images(folder, str(config.class_prompt)), config)
         digest = data_digest(found)
@@ -212,6 +218,17 @@ class Trainer:
             )
         self._class_digest = digest
         return found
+
+    def _complete_class_images(self, folder: Path) -> None:
+        """Only the main process counts and writes; the others help where its passes need them."""
+        together = self._parallel.shares_forward and self._parallel.world > 1
+        sampler = LedSampler(self._sampler) if together else self._sampler
+        if self._parallel.main:
+            complete_images(self._config, folder, sampler, self._class_progress)
+            if isinstance(sampler, LedSampler):
+                sampler.dismiss()
+        elif isinstance(sampler, LedSampler):
+            sampler.follow()
 
     def _class_progress(self, present: int, wanted: int) -> None:
         self._tracker.status("class images", class_images=present, class_images_total=wanted)

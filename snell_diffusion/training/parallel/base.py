@@ -6,16 +6,23 @@ the next `zero_grad`, their gradients are complete matrices with the same bits e
 thresholds, clipping, averages and checkpoints are then the code of one process.
 """
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from snell_diffusion.training.errors import DivergedError
+
+
+def digest_of(*values: Any) -> str:
+    """SHA-256 in hex of plain JSON values, for `Parallel.require_equal`."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 class Parallel(ABC):
@@ -132,8 +139,8 @@ class Parallel(ABC):
         )
         raise DivergedError(
             f"the processes disagree about {what} (process: digest {found}); they would train "
-            f"different models. Use the same versions and the same kind of device everywhere, then "
-            f"continue from the last checkpoint with --resume_from_checkpoint latest"
+            f"different models. Give all of them the same files, settings, package versions and "
+            f"kind of device, then continue with --resume_from_checkpoint latest"
         )
 
     # Saving

@@ -1,17 +1,21 @@
 """What the launcher was asked for, what really started, and a refusal where the two differ.
 
-Launchers drop requests in silence: `accelerate launch --cpu --num_processes 2` starts one process,
-and two processes without a GPU and without ACCELERATE_USE_CPU each believe to be alone.
+Launchers drop requests in silence: `accelerate launch --cpu --num_processes 2` starts one process;
+two processes without a GPU and without ACCELERATE_USE_CPU each believe to be alone, and write into
+one folder; accelerate drops FSDP and DeepSpeed on the CPU.
 """
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch.distributed
 from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env, patch_environment
 
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.parallel.base import Parallel
+from snell_diffusion.training.parallel.launcher import Launch, find_launch
 from snell_diffusion.training.parallel.replicated import Replicated
 
 
@@ -22,44 +26,89 @@ class Topology:
     Attributes:
         processes: At least 1.
         strategy: none (one process), DDP, FSDP or DeepSpeed.
+        cpu: Whether the CPU was asked for; otherwise a GPU is used where there is one.
     """
 
     processes: int
     strategy: str
+    cpu: bool = False
 
     def __str__(self) -> str:
         return f"{self.processes} x {self.strategy}"
 
 
 def asked() -> Topology:
-    """What the launcher's environment asks for."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if _is_on("ACCELERATE_USE_DEEPSPEED"):
-        return Topology(processes, "DeepSpeed")
-    if _is_on("ACCELERATE_USE_FSDP"):
-        return Topology(processes, "FSDP")
-    return Topology(processes, "none" if processes == 1 else "DDP")
+    """What the user asked for: by the arguments of `accelerate launch` and by the environment."""
+    launch = find_launch() or Launch(None, "", False)
+    processes = launch.processes or int(os.environ.get("WORLD_SIZE", "1"))
+    strategy = launch.strategy
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        strategy = "DeepSpeed"
+    elif parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        strategy = "FSDP"
+    cpu = launch.cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+    return Topology(processes, strategy or _plain(processes), cpu)
 
 
-def _is_on(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() in ("1", "true")
+def start(make_accelerator: Callable[[bool], Accelerator]) -> Parallel:
+    """Start what was asked for.
 
-
-def start(make_accelerator: Callable[[], Accelerator]) -> Parallel:
-    """Start what the launcher was asked for.
+    Args:
+        make_accelerator: (whether to use the CPU) -> devices and process group.
 
     Raises:
-        SnellaConfigError: Something else would run.
+        SnellaConfigError: Something else would run; says what was asked for and what came.
     """
     wanted = asked()
-    if wanted.strategy in ("FSDP", "DeepSpeed"):
-        raise SnellaConfigError(f"{wanted} was asked for, but adapters train with DDP only")
-    accelerator = make_accelerator()
+    # accelerate must not take a strategy in hand that it would drop or apply to the adapters too,
+    # nor transformers load weights on the first process alone: we shard a loaded model.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    with patch_environment(ACCELERATE_USE_FSDP="false", ACCELERATE_USE_DEEPSPEED="false"):
+        accelerator = make_accelerator(wanted.cpu)
+    got = _started(accelerator, wanted)
+    if (got.processes, got.strategy) != (wanted.processes, wanted.strategy):
+        raise SnellaConfigError(f"asked for {wanted}, got {got}: {_reason(wanted)}")
+    return _STRATEGIES[wanted.strategy](accelerator)
+
+
+def _plain(processes: int) -> str:
+    return "none" if processes == 1 else "DDP"
+
+
+def _started(accelerator: Accelerator, wanted: Topology) -> Topology:
     processes = accelerator.num_processes
-    got = Topology(processes, "none" if processes == 1 else "DDP")
-    if got != wanted:
-        raise SnellaConfigError(
-            f"asked for {wanted}, got {got}: the processes would train apart and overwrite each "
-            f"other"
+    # Sharding is our own work; what it needs from the launcher is a process group.
+    if wanted.strategy in ("FSDP", "DeepSpeed") and torch.distributed.is_initialized():
+        return Topology(processes, wanted.strategy)
+    return Topology(processes, _plain(processes))
+
+
+def _reason(wanted: Topology) -> str:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not wanted.cpu:
+        return (
+            "no GPU is visible, so every process would train alone and overwrite the others. For "
+            "processes on the CPU use configs/accelerate/cpu.yaml, or set ACCELERATE_USE_CPU=true"
         )
-    return Replicated(accelerator)
+    return (
+        "the launcher started other processes than it was told to. `accelerate launch` drops "
+        "--num_processes with --cpu and without a second GPU; for processes on the CPU use "
+        "configs/accelerate/cpu.yaml, for one process give --num_processes 1"
+    )
+
+
+def _sharded(accelerator: Accelerator) -> Parallel:
+    from snell_diffusion.training.parallel.fsdp import ShardedBase
+
+    return ShardedBase(accelerator)
+
+
+def _deepspeed(accelerator: Accelerator) -> Parallel:
+    raise SnellaConfigError("DeepSpeed was asked for, but adapters train with DDP or FSDP")
+
+
+_STRATEGIES: dict[str, Callable[[Accelerator], Parallel]] = {
+    "none": Replicated,
+    "DDP": Replicated,
+    "FSDP": _sharded,
+    "DeepSpeed": _deepspeed,
+}
