@@ -79,7 +79,7 @@ def load_snella_weights(
     allow_other_base: bool = False,
     max_relative_update: float = MAX_RELATIVE_UPDATE,
 ) -> LoadReport:
-    """Load an adapter and make it the only active SNELLA adapter.
+    """Load an adapter and make it the only active SNELLA adapter; ends `disable_snella`.
 
     Args:
         source: A `.safetensors` file, a folder, "owner/name" on the hub, or a state dict (as of
@@ -115,7 +115,10 @@ def load_snella_weights(
     models = models_of(pipe)
     with processors_off(*models.values()):
         name = adapter_name if adapter_name is not None else free_name(models)
-        return load_adapter(models, file, name, allow_other_base, max_relative_update)
+        report = load_adapter(models, file, name, allow_other_base, max_relative_update)
+        # Layers that were there stay off after disable_snella, new ones start on.
+        _switch_layers(models, True)
+        return report
 
 
 def save_snella_weights(
@@ -390,11 +393,15 @@ def _switch(pipe: Any, on: bool) -> None:
         require_loaded(models)
         if not on:
             require_unfused(models, "switch adapters off")
-        for model in models.values():
-            for _, layer in delta_layers(model):
-                active = layer.active_adapters
-                layer.enable_adapters(on)
-                layer.set_adapter(active, inference_mode=True)
+        _switch_layers(models, on)
+
+
+def _switch_layers(models: Mapping[str, nn.Module], on: bool) -> None:
+    for model in models.values():
+        for _, layer in delta_layers(model):
+            active = layer.active_adapters
+            layer.enable_adapters(on)
+            layer.set_adapter(active, inference_mode=True)
 
 
 def _merge(layers: list[Any], names: list[str], scale: float, safe: bool) -> None:
