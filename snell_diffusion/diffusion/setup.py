@@ -130,6 +130,14 @@ def _lora(given: dict[str, Any], targets: list[str], seed: int) -> PeftConfig:
 _METHODS = {"snella": _snella, "lora": _lora}
 
 
+# What turns on recomputing activations: in diffusers, in transformers, and there before its rename.
+_CHECKPOINTING = (
+    "enable_gradient_checkpointing",
+    "activation_checkpointing_enable",
+    "gradient_checkpointing_enable",
+)
+
+
 @dataclass(frozen=True)
 class Model:
     """A base with fresh adapters on its device, ready to train.
@@ -185,8 +193,7 @@ def build_model(
     for model in components.values():
         model.train()
         if config.gradient_checkpointing:
-            diffusers_way = getattr(model, "enable_gradient_checkpointing", None)
-            (diffusers_way or model.gradient_checkpointing_enable)()  # type: ignore[operator]
+            next(getattr(model, way) for way in _CHECKPOINTING if hasattr(model, way))()
     return Model(family, pipe, components, family.objective(pipe, device), device, base)
 
 

@@ -103,7 +103,9 @@ def _sharded(accelerator: Accelerator) -> Parallel:
 
 
 def _deepspeed(accelerator: Accelerator) -> Parallel:
-    raise SnellaConfigError("DeepSpeed was asked for, but adapters train with DDP or FSDP")
+    from snell_diffusion.training.parallel.zero import Zero
+
+    return Zero(accelerator)
 
 
 _STRATEGIES: dict[str, Callable[[Accelerator], Parallel]] = {
