@@ -1,17 +1,20 @@
 """What a finished run leaves: the adapter file and a model card."""
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import nn
 
 from snell_diffusion.adapters import save_adapter
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.setup import ADAPTER, Sizes
-from snell_diffusion.training.files import write_text, write_with
+from snell_diffusion.training.files import temporary_name, write_text, write_with
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,19 @@ def _save_lora(components: dict[str, nn.Module], path: Path, pipeline: type) -> 
         f"{name}_lora_adapter_metadata": model.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr,index]
         for name, model in components.items()
     }
-    write_with(
-        path,
-        lambda file: pipeline.save_lora_weights(  # type: ignore[attr-defined]
-            file.parent, weight_name=file.name, **layers, **metadata
-        ),
-    )
+
+    def write(file: Path) -> None:
+        # Through a folder of our own: safetensors has temporary names that nothing would sweep.
+        with TemporaryDirectory(prefix=temporary_name("lora"), dir=file.parent) as folder:
+            try:
+                pipeline.save_lora_weights(  # type: ignore[attr-defined]
+                    folder, weight_name=file.name, **layers, **metadata
+                )
+            except SafetensorError as error:
+                raise OSError(errno.EIO, str(error)) from error
+            (Path(folder) / file.name).replace(file)
+
+    write_with(path, write)
 
 
 def write_card(config: TrainConfig, result: RunResult, pictures: Sequence[str]) -> Path:

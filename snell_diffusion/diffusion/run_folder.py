@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from snell_diffusion.diffusion.config_files import config_values
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.checkpoints import Checkpoint, CheckpointFolder
 from snell_diffusion.training.errors import CheckpointError
-from snell_diffusion.training.files import process_alive
+from snell_diffusion.training.files import cannot_write, process_alive, remove, sweep
 
 CLASS_IMAGES = "class_images"
 ADAPTER_FILES = {
@@ -30,25 +29,25 @@ FILES = (
 )
 FOLDERS = ("samples", "checkpoints", CLASS_IMAGES, "logs")
 
-# Settings that a resumed run may change without changing what is trained.
-FREE = frozenset(Feedback.__dataclass_fields__) - {
-    "validation_data_dir",
-    "num_validation_photos",
-} | {
-    "output_dir",
+# Settings that a resumed run may change: they change nothing that is trained. Photos, class images
+# and the base are compared by content, wherever they lie.
+FREE = frozenset(Feedback.__dataclass_fields__) - {"num_validation_photos"} | {
     "checkpointing_steps",
     "checkpoints_total_limit",
-    "resume_from_checkpoint",
-    "overwrite",
-    "dry_run",
-    "sample_batch_size",
     "class_data_dir",
+    "dataloader_num_workers",
+    "dry_run",
     "instance_data_dir",
-    "validation_data_dir",
+    "output_dir",
+    "overwrite",
     "pretrained_model_name_or_path",
+    "resume_from_checkpoint",
     "revision",
+    "sample_batch_size",
     "variant",
 }
+# Settings that count through their product with the number of processes.
+PER_PROCESS = frozenset({"train_batch_size", "class_batch_size"})
 
 
 class RunFolder:
@@ -83,7 +82,13 @@ class RunFolder:
         status = self._status()
         pid = status.get("pid")
         running = status.get("state") not in ("finished", "stopped", "failed")
-        if running and isinstance(pid, int) and pid != os.getpid() and process_alive(pid):
+        if (
+            running
+            and isinstance(pid, int)
+            and pid > 0
+            and pid != os.getpid()
+            and process_alive(pid)
+        ):
             raise SnellaConfigError(
                 f"run folder '{self.path}' is in use by process {pid}; wait, stop it, or choose "
                 f"another output_dir"
@@ -104,18 +109,27 @@ class RunFolder:
         except (FileNotFoundError, ValueError):
             return {}
 
-    def clear(self) -> None:
-        """Remove what an earlier run wrote here (nothing else), if `overwrite` asks for it.
+    def take(self) -> None:
+        """Make the folder ready to be written to: the first change of a run on disk.
 
-        Class images stay: they cost time, and their note says whether they still fit.
+        What killed processes left unfinished is removed. So is what an earlier run wrote (nothing
+        else), if `overwrite` asks for it; class images stay, for they cost time, and their note
+        says whether they still fit.
+
+        Raises:
+            OutputError: The disk does not let us.
         """
-        if not self.config.overwrite or self.config.resume_from_checkpoint:
-            return
-        for name in FILES:
-            (self.path / name).unlink(missing_ok=True)
-        for name in FOLDERS:
-            if name != CLASS_IMAGES and (self.path / name).is_dir():
-                shutil.rmtree(self.path / name)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        self.checkpoints.restore_replaced()
+        for folder in (self.path, *(self.path / name for name in FOLDERS)):
+            sweep(folder)
+        if self.config.overwrite and not self.config.resume_from_checkpoint:
+            for name in (*FILES, *FOLDERS):
+                if name != CLASS_IMAGES:
+                    remove(self.path / name)
 
     def find_checkpoint(self, warn: Any) -> Checkpoint | None:
         """The checkpoint that `resume_from_checkpoint` asks for, verified.
@@ -126,6 +140,7 @@ class RunFolder:
         wanted = self.config.resume_from_checkpoint
         if wanted is None:
             return None
+        self.checkpoints.restore_replaced()
         if wanted not in ("latest", "auto"):
             return self.checkpoints.load(Path(wanted))
         checkpoint = self.checkpoints.latest(warn)
@@ -138,9 +153,23 @@ class RunFolder:
 
 
 def identity(config: TrainConfig, data: str, base: str, processes: int) -> dict[str, Any]:
-    """What must be equal for a run to continue another: settings, photos, base, process count."""
-    settings = {k: v for k, v in config_values(config).items() if k not in FREE}
-    return {**settings, "photos": data, "base": base, "processes": processes}
+    """What must be equal for a run to continue another, as plain JSON values.
+
+    Args:
+        config: Settings; those in FREE are left out, those in PER_PROCESS become global batches.
+        data: Digest of photos and prompts.
+        base: Digest of the base model.
+        processes: Processes that share a batch.
+    """
+    settings = {k: v for k, v in config_values(config).items() if k not in FREE | PER_PROCESS}
+    batches = {"global_batch_size": config.train_batch_size * processes}
+    if config.with_prior_preservation:
+        one = config.class_batch_size or config.train_batch_size
+        batches["global_class_batch_size"] = one * processes
+    if config.dropout:
+        # Dropout is drawn anew by every process; all else is drawn by place in the global batch.
+        batches["processes"] = processes
+    return {**settings, **batches, "photos": data, "base": base}
 
 
 def require_same(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
@@ -149,10 +178,22 @@ def require_same(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
     Raises:
         CheckpointError: Lists every difference, field by field.
     """
-    then = checkpoint.state["identity"]
-    differing = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
-    if differing:
-        lines = "; ".join(f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in differing)
+    then = checkpoint.state.get("identity")
+    class_images = checkpoint.state.get("class_images", 0)
+    if not isinstance(then, dict) or not isinstance(class_images, (str, type(None))):
         raise CheckpointError(
-            f"checkpoint {checkpoint.path} belongs to a run with other settings: {lines}"
+            f"checkpoint {checkpoint.path}: state.json does not say which run it belongs to"
+        )
+    missing = "nothing"
+    differing = sorted(
+        k for k in then.keys() | now.keys() if then.get(k, missing) != now.get(k, missing)
+    )
+    if differing:
+        lines = "; ".join(
+            f"{k}: {then.get(k, missing)!r} then, {now.get(k, missing)!r} now" for k in differing
+        )
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} belongs to a run with other settings: {lines}. Continue "
+            f"with the settings in {checkpoint.path.parent.parent / 'config.yaml'}, or start anew "
+            f"in another output_dir"
         )

@@ -8,6 +8,7 @@ import gc
 import importlib.util
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
@@ -103,6 +104,7 @@ class Trainer:
         self._began = time.monotonic()
         self._config, self._folder, self._photos = config, folder, photos
         self._parallel, self._stop, self._on_event = parallel, stop, on_event
+        self._closing = ExitStack()
         self._notes: list[str] = photos.summary(config)
         with parallel.accelerator.main_process_first():
             checkpoint = folder.find_checkpoint(self._notes.append)
@@ -135,17 +137,17 @@ class Trainer:
             return self._finish()
         except BaseException as error:
             ended = "stopped" if isinstance(error, Interrupted) else "failed"
-            self._tracker.status(ended, force=True, message=str(error) or type(error).__name__)
+            self._tracker.ended(error, ended)
             raise
         finally:
+            self._closing.close()
             self._tracker.close()
 
     def _open(self) -> Tracker:
         """Take the run folder: the first writes of the run."""
         main, path = self._parallel.main, self._folder.path
         if main:
-            self._folder.clear()
-            path.mkdir(parents=True, exist_ok=True)
+            self._folder.take()
             cut_log(path / "log.jsonl", self._state.step if self._resumed else -1)
             write_text(path / "config.yaml", config_text(self._config))
         self._parallel.wait()
@@ -181,10 +183,10 @@ class Trainer:
         )
         prior = self._class_images()
         self._loss = build_loss(
-            config, model, self._photos.instance, prior, self._parallel.accelerator
+            config, model, self._photos.instance, prior, self._parallel, self._closing
         )
-        held_out = build_probe(config, model, self._photos.held_out)
-        drift = build_probe(config, model, prior[:_DRIFT_IMAGES])
+        held_out = build_probe(config, model, self._photos.held_out, self._parallel)
+        drift = build_probe(config, model, prior[:_DRIFT_IMAGES], self._parallel)
         if config.cache_latents:
             rest(model)
         self._feedback = RunFeedback(
@@ -195,7 +197,7 @@ class Trainer:
             held_out,
             drift,
             self._sampler,
-            self._parallel.accelerator.autocast,
+            self._parallel,
             draws=self._parallel.main or self._parallel.shares_forward,
         )
         if self._state.step == 0:

@@ -197,7 +197,6 @@ class CheckpointFolder:
 
     def latest(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """The newest checkpoint that verifies; each damaged one stepped over is told to `warn`."""
-        self.restore_replaced()
         for step in reversed(self.steps()):
             try:
                 return self.load(self.path(step))

@@ -94,7 +94,7 @@ def write_with(path: Path, write: Callable[[Path], object], *, durable: bool = T
     """Let `write` fill a temporary sibling of `path`, then rename it into place.
 
     Args:
-        path: Final file; its folder must exist.
+        path: Final file; its folder is made if it is missing.
         write: Called with the temporary path (same suffix as `path`).
         durable: Also fsync the file and its folder. False for files that are only informative.
 
@@ -103,6 +103,7 @@ def write_with(path: Path, write: Callable[[Path], object], *, durable: bool = T
     """
     temporary = path.with_name(temporary_name(path.name))
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         if durable:
             with temporary.open("rb+") as file:

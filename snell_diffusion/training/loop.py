@@ -20,12 +20,14 @@ from snell_diffusion.training.adapter_tensors import (
 )
 from snell_diffusion.training.checkpoints import Checkpoint, Tensors
 from snell_diffusion.training.ema import AdapterEma
+from snell_diffusion.training.errors import CheckpointError
 from snell_diffusion.training.finite import (
     refuse_gradients,
     refuse_loss,
     refuse_weights,
     total_norm,
 )
+from snell_diffusion.training.fit import require_fit
 from snell_diffusion.training.optimizers import pack_optimizer, unpack_optimizer
 from snell_diffusion.training.parallel import Parallel
 from snell_diffusion.training.randomness import seed_torch
@@ -120,16 +122,26 @@ class TrainState:
         return tensors, state
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint of the same run."""
+        """Continue from a checkpoint of the same run.
+
+        Raises:
+            CheckpointError: It does not fit; nothing was changed.
+        """
         tensors, state = checkpoint.tensors, checkpoint.state
+        places = [p for group in self.optimizer.param_groups for p in group["params"]]
+        require_fit(checkpoint, *self.pack(), places)
+        if self.competition is not None:
+            try:
+                scores = {**state["competition"], **tensors["competition"]}
+                self.competition.load_state_dict(scores)
+            except ValueError as error:
+                raise CheckpointError(f"checkpoint {checkpoint.path}: {error}") from error
         copy_adapter_tensors(self.components, tensors["adapter"])
         unpack_optimizer(self.optimizer, tensors["optimizer"], state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.load(tensors["ema"])
-        if self.competition is not None:
-            self.competition.load_state_dict({**state["competition"], **tensors["competition"]})
         self.step, self.skipped = checkpoint.step, state["skipped"]
 
 

@@ -2,13 +2,20 @@
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ONE_REQUEST_SECONDS = 2.0
 
 
 class StopRequest:
-    """Context that notes the first SIGINT or SIGTERM; a second one acts as if it were not there.
+    """Context that notes the first SIGINT or SIGTERM.
+
+    More SIGTERMs change nothing: launchers and schedulers send several, and one that ended the run
+    at once would lose the state that the first one asked to save. A second Ctrl-C acts as if this
+    were not here, unless it comes within two seconds: a launcher passes on the Ctrl-C that the
+    terminal already sent.
 
     Signals reach only a process's main thread: in another thread this notes nothing, and `request`
     takes its place.
@@ -16,6 +23,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._noted = 0.0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -24,8 +32,12 @@ class StopRequest:
         return self
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.request(signum)
-        self._restore()
+        if self.signum is None:
+            self._noted = time.monotonic()
+            self.request(signum)
+        elif signum == signal.SIGINT and time.monotonic() - self._noted > _ONE_REQUEST_SECONDS:
+            self._restore()
+            signal.raise_signal(signum)
 
     def request(self, signum: int = signal.SIGINT) -> None:
         """Ask the run to stop after the current step."""

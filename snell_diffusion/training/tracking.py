@@ -5,13 +5,15 @@ import os
 import resource
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from snell_diffusion.training.files import write_json, write_text
+from snell_diffusion.training.errors import OutputError
+from snell_diffusion.training.files import cannot_write, write_json, write_text
 
 Event = dict[str, Any]
 _STATUS_SECONDS = 0.5
@@ -22,6 +24,28 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class _Log:
+    """A file of lines, each on its way to the disk when `append` returns."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+
+    def append(self, line: str) -> None:
+        data = memoryview(f"{line}\n".encode())
+        try:
+            while data:  # a disk that is nearly full takes a part
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class Tracker:
@@ -50,20 +74,23 @@ class Tracker:
         self._on_event = on_event
         self._remote = remote
         self._bar: tqdm[Any] | None = None
-        self._log = None if self.folder is None else (self.folder / "log.jsonl").open("a")
+        self._log = None if self.folder is None else _Log(self.folder / "log.jsonl")
         self._status: Event = {"pid": os.getpid(), "total": total, "step": 0}
         self._written = 0.0
         self._first: tuple[int, float] | None = None
 
     def event(self, kind: str, **values: Any) -> None:
-        """Record one event; `values` must be plain JSON values."""
+        """Record one event; `values` must be plain JSON values.
+
+        Raises:
+            OutputError: The disk does not take the line.
+        """
         if not self.main:
             return
         entry: Event = {"event": kind, **values}
         self.history.append(entry)
         if self._log is not None:
-            self._log.write(json.dumps(entry) + "\n")
-            self._log.flush()
+            self._log.append(json.dumps(entry))
         if self._on_event is not None:
             self._on_event(entry)
 
@@ -117,6 +144,12 @@ class Tracker:
             tqdm.write(message)
             self.event("note", message=message)
 
+    def ended(self, error: BaseException, state: str) -> None:
+        """Update status.json at the end of a run that did not finish."""
+        # A disk that refuses this too must not hide why the run ended.
+        with suppress(OutputError):
+            self.status(state, force=True, message=str(error) or type(error).__name__)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
@@ -129,12 +162,12 @@ def cut_log(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
         except ValueError:
             continue  # a line that a crash cut short
-        if entry.get("step", 0) <= step:
+        if isinstance(entry, dict) and entry.get("step", 0) <= step:
             kept.append(line)
     write_text(path, "".join(f"{line}\n" for line in kept))
 

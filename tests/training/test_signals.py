@@ -1,4 +1,4 @@
-"""The first signal is noted, the second one acts as usual."""
+"""The first signal is noted; only an impatient Ctrl-C acts at once."""
 
 import os
 import signal
@@ -6,19 +6,41 @@ import threading
 
 import pytest
 
+from snell_diffusion.training import signals
 from snell_diffusion.training.errors import Interrupted
 from snell_diffusion.training.signals import StopRequest
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_signal_is_noted_once_and_handlers_come_back(signum: int) -> None:
+def test_signal_is_noted_and_handlers_come_back(signum: int) -> None:
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     with StopRequest() as stop:
         assert stop.signum is None
         os.kill(os.getpid(), signum)
         assert stop.signum == signum
-        assert signal.getsignal(signum) == before[signum]
     assert {s: signal.getsignal(s) for s in before} == before
+
+
+def test_more_sigterms_change_nothing() -> None:
+    with StopRequest() as stop:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+            os.kill(os.getpid(), signum)
+        assert stop.signum == signal.SIGINT
+
+
+def test_a_second_ctrl_c_acts_at_once_unless_it_is_the_first_one_passed_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        now = 101.0
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signum == signal.SIGINT
+        now = 103.0
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_another_thread_can_ask_but_gets_no_handler() -> None:
