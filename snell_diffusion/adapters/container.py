@@ -46,7 +46,9 @@ _READ = {**DTYPES, "F64": torch.float64}  # of version 0, for the tensors of `is
 FETCH = "download or copy the file again"
 
 
-_NOT_OURS = "this is no SNELLA adapter, or it is damaged: choose another file or " + FETCH
+_NOT_OURS = (
+    "this is no SNELLA adapter, or it is damaged: choose another file, or download this one again"
+)
 
 
 @dataclass(frozen=True)

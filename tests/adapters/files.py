@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from snell_diffusion.adapters.container import encode
+from snell_diffusion.adapters.doubles import split_doubles
 from snell_diffusion.adapters.schema import DIGEST_KEY, FORMAT_KEY, HEADER_KEY, digest
 
 
@@ -62,5 +63,10 @@ def rebuilt(
     return assemble(new_header, new_tensors, version)
 
 
-def scalar(value: float, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.tensor(value, dtype=dtype)
+def scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def level(value: float) -> Tensor:
+    """A sparsity level as files hold it."""
+    return split_doubles(torch.tensor(value, dtype=torch.float64), "level")

@@ -1,13 +1,12 @@
 """State dicts that have lost their header."""
 
-import math
-
 import pytest
 import torch
 from safetensors.torch import load
 
 from snell_diffusion.adapters import read_adapter
 from snell_diffusion.adapters.bare import _CHOICES, bare_header, method_settings, method_tensor
+from snell_diffusion.adapters.doubles import join_doubles, split_doubles
 from snell_diffusion.core import KERNELS, RULES
 from snell_diffusion.errors import SnellaKeyError, SnellaSchemaError, SnellaShapeError
 
@@ -22,20 +21,22 @@ def test_every_kernel_and_rule_has_a_number() -> None:
 
 def test_numbers_never_move() -> None:
     config = {"kernel": "linear", "p": 1.5, "sparsify": "soft", "scale": -0.5}
-    assert method_tensor("snella", config).tolist() == [2.0, 1.5, 3.0, -0.5]
-    assert method_settings("snella", method_tensor("snella", config), "x") == config
+    tensor = method_tensor("snella", config, "x")
+    assert join_doubles(tensor, "x").tolist() == [2.0, 1.5, 3.0, -0.5]
+    assert method_settings("snella", tensor, "x") == config
 
 
-@pytest.mark.parametrize("number", [-1.0, 3.0, 0.5, math.inf])
+@pytest.mark.parametrize("number", [-1.0, 3.0, 0.5, 1e30])
 def test_a_number_that_stands_for_nothing_is_refused(number: float) -> None:
-    numbers = torch.tensor([number, 2.0, 0.0, 1.0], dtype=torch.float64)
-    with pytest.raises(SnellaSchemaError, match=r"kernel is .*, expected 0 to 2 .mixed"):
+    numbers = split_doubles(torch.tensor([number, 2.0, 0.0, 1.0], dtype=torch.float64), "x")
+    with pytest.raises(SnellaSchemaError, match=r"kernel: expected 0 to 2 .mixed.*got"):
         method_settings("snella", numbers, "x")
 
 
-def test_a_method_tensor_of_another_length_is_refused() -> None:
-    with pytest.raises(SnellaSchemaError, match=r"shape \(3,\), expected 4 numbers"):
-        method_settings("snella", torch.zeros(3, dtype=torch.float64), "x")
+@pytest.mark.parametrize("shape", [(3, 3), (4,), (4, 2), (1, 4, 3)])
+def test_a_method_tensor_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(SnellaSchemaError, match=r"expected shape \[4, 3\] .kernel, p"):
+        method_settings("snella", torch.zeros(shape), "x")
 
 
 def test_bare_tensors_of_a_file_tell_the_same_as_its_header(adapter_bytes: bytes) -> None:
@@ -51,7 +52,7 @@ def test_bare_tensors_of_a_file_tell_the_same_as_its_header(adapter_bytes: bytes
 def test_foreign_tensors_are_refused() -> None:
     lora = {"unet.to_q.lora_A.weight": torch.zeros(2, 2)}
     with pytest.raises(
-        SnellaKeyError, match=r"no tensor '<component>.snella_method' among unet.to"
+        SnellaKeyError, match=r"expected a tensor '<component>.snella_method' .* among 'unet.to"
     ):
         bare_header(lora, "x")
     with pytest.raises(SnellaKeyError, match="among nothing"):
@@ -60,19 +61,38 @@ def test_foreign_tensors_are_refused() -> None:
 
 def test_settings_without_layers_are_refused(adapter_bytes: bytes) -> None:
     only = {METHOD: load(adapter_bytes)[METHOD]}
-    with pytest.raises(SnellaKeyError, match="'unet' has settings but no layer tensors"):
+    with pytest.raises(
+        SnellaKeyError, match=r"'unet': expected tensors of layers .* settings alone"
+    ):
         bare_header(only, "x")
 
 
 def test_half_a_layer_is_refused(adapter_bytes: bytes) -> None:
     tensors = load(adapter_bytes)
     del tensors[PLACE + "B"]
-    with pytest.raises(SnellaKeyError, match=r"tensors missing: .*to_q.snella_B"):
+    with pytest.raises(SnellaKeyError, match=r"_sparsity, unet.*to_q.snella_B missing; part"):
         bare_header(tensors, "x")
 
 
 def test_flat_factors_are_refused(adapter_bytes: bytes) -> None:
     tensors = load(adapter_bytes)
     tensors[PLACE + "A"] = torch.zeros(4, 4)
-    with pytest.raises(SnellaShapeError, match=r"expected \[heads, in, columns\]"):
+    with pytest.raises(SnellaShapeError, match=r"expected shapes \[heads, in, columns\]"):
+        bare_header(tensors, "x")
+
+
+@pytest.mark.parametrize("short", ["sparsity", "threshold"])
+def test_a_level_of_another_shape_is_refused(short: str, adapter_bytes: bytes) -> None:
+    tensors = load(adapter_bytes)
+    tensors[PLACE + short] = torch.zeros(5, 3)
+    with pytest.raises(SnellaShapeError, match=rf"snella_{short}': expected shape .* got \[5, 3\]"):
+        bare_header(tensors, "x")
+
+
+def test_hundreds_of_components_are_refused_before_they_are_looked_at() -> None:
+    method = method_tensor(
+        "snella", {"kernel": "mixed", "p": 2.0, "sparsify": "mask", "scale": 1.0}, "x"
+    )
+    tensors = {f"c{index}.snella_method": method for index in range(17)}
+    with pytest.raises(SnellaKeyError, match="1 to 16 components, got 17"):
         bare_header(tensors, "x")

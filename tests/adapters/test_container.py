@@ -19,7 +19,7 @@ SAMPLE = {
     "a.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
     "half": torch.tensor([1.5, -2.25], dtype=torch.float16),
     "brain": torch.tensor([[3.0]], dtype=torch.bfloat16),
-    "level": torch.tensor(0.1, dtype=torch.float64),
+    "level": torch.tensor([0.1, -0.2, 0.3]),
     "empty": torch.empty(0, 4),
 }
 
@@ -70,46 +70,78 @@ def entry(**changes: Any) -> dict[str, Any]:
 
 
 DAMAGE = {
-    "empty": (b"", "0 bytes are too few"),
-    "seven bytes": (b"1234567", "7 bytes are too few"),
-    "pickle": (b"\x80\x04\x95" + b"a" * 40, "no adapter file"),
-    "zip": (b"PK\x03\x04" + b"\0" * 4 + b"z" * 40, "no adapter file"),
-    "html": (b"<!DOCTYPE html><html></html>", "no adapter file"),
-    "huge header": (struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{}", "expected at most 4194304"),
-    "overflowing header": (struct.pack("<Q", 2**64 - 1) + b"{}", "expected at most"),
-    "header cut": (raw({"t": entry()})[:20], "the file was cut off"),
+    "empty": (b"", "the file has 0 bytes: download"),
+    "seven bytes": (b"1234567", "the file has 7 bytes"),
+    "pickle": (b"\x80\x04\x95" + b"a" * 40, r"the first 8 bytes .b'.x80.x04.x95aaaaa'. announce"),
+    "zip": (
+        b"PK\x03\x04" + b"\0" * 4 + b"z" * 40,
+        r"announce 67,324,752; this is no SNELLA adapter",
+    ),
+    "html": (b"<!DOCTYPE html><html></html>", "b'<!DOCTYP'"),
+    "huge header": (
+        struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{}",
+        "header of at most 4,194,304 bytes",
+    ),
+    "overflowing header": (
+        struct.pack("<Q", 2**64 - 1) + b"{}",
+        "announce 18,446,744,073,709,551,615",
+    ),
+    "header cut": (raw({"t": entry()})[:20], "the whole file has only 20: it was cut off"),
     "not json": (raw("{nope"), "not valid JSON"),
     "not utf-8": (struct.pack("<Q", 2) + b"\xff\xfe", "not valid JSON"),
-    "list": (raw("[]"), "JSON list, not a table"),
+    "list": (raw("[]"), "expected a JSON table as the header, got a list"),
     "deep": (raw("[" * 100_000), "not valid JSON"),
     "nan": (raw('{"t": NaN}'), "NaN is not allowed"),
-    "twice": (raw('{"t": 1, "t": 2}'), "a key occurs twice"),
-    "metadata number": (raw({"__metadata__": {"a": 1}}), "must be a table of texts"),
-    "metadata list": (raw({"__metadata__": []}), "must be a table of texts"),
+    "twice": (raw('{"t": 1, "t": 2}'), "key 't' occurs twice"),
+    "metadata number": (
+        raw({"__metadata__": {"a": 1}}),
+        "'__metadata__', entry 'a': expected a text, got 1",
+    ),
+    "metadata list": (raw({"__metadata__": []}), "expected a table of texts, got \\[\\]"),
+    "many values": (raw("[" + "0," * 2**18 + "0]"), "expected at most 262,144 values"),
+    "float64": (raw({"t": entry(dtype="F64", shape=[1])}, b"0" * 8), "got 'F64'"),
     "entry text": (raw({"t": "x"}), "'t': expected the fields dtype, shape"),
     "entry more": (raw({"t": entry(extra=1)}), "'t': expected the fields dtype, shape"),
-    "int64": (raw({"t": entry(dtype="I64")}, b"0" * 8), "dtype 'I64', expected one of F64, F32"),
-    "bool": (raw({"t": entry(dtype="BOOL")}), "dtype 'BOOL'"),
-    "float8": (raw({"t": entry(dtype="F8_E4M3")}), "dtype 'F8_E4M3'"),
-    "complex": (raw({"t": entry(dtype="C64")}), "dtype 'C64'"),
-    "dtype list": (raw({"t": entry(dtype=["F32"])}), "dtype \\['F32'\\]"),
-    "negative": (raw({"t": entry(shape=[-2])}, b"0" * 8), "expected up to 8 sizes"),
-    "fraction": (raw({"t": entry(shape=[2.0])}, b"0" * 8), "expected up to 8 sizes"),
-    "true": (raw({"t": entry(shape=[True, 2])}, b"0" * 8), "expected up to 8 sizes"),
-    "many axes": (raw({"t": entry(shape=[1] * 9)}, b"0" * 4), "expected up to 8 sizes"),
-    "overflow": (raw({"t": entry(shape=[2**31, 2**31])}, b"0" * 8), "takes 18446744073709551616"),
-    "offsets": (raw({"t": entry(data_offsets=[0])}, b"0" * 8), "expected \\[begin, end\\]"),
-    "reversed": (raw({"t": entry(data_offsets=[8, 0])}, b"0" * 8), "span -8"),
+    "int64": (
+        raw({"t": entry(dtype="I64")}, b"0" * 8),
+        "'dtype': expected one of F32, F16, BF16, got 'I64'",
+    ),
+    "bool": (raw({"t": entry(dtype="BOOL")}), "got 'BOOL'"),
+    "float8": (raw({"t": entry(dtype="F8_E4M3")}), "got 'F8_E4M3'"),
+    "complex": (raw({"t": entry(dtype="C64")}), "got 'C64'"),
+    "dtype list": (raw({"t": entry(dtype=["F32"])}), "got \\['F32'\\]"),
+    "negative": (raw({"t": entry(shape=[-2])}, b"0" * 8), "expected a list of up to 8 sizes, got"),
+    "fraction": (raw({"t": entry(shape=[2.0])}, b"0" * 8), "expected a list of up to 8 sizes, got"),
+    "true": (raw({"t": entry(shape=[True, 2])}, b"0" * 8), "expected a list of up to 8 sizes, got"),
+    "many axes": (
+        raw({"t": entry(shape=[1] * 9)}, b"0" * 4),
+        "expected a list of up to 8 sizes, got",
+    ),
+    "overflow": (
+        raw({"t": entry(shape=[2**31, 2**31])}, b"0" * 8),
+        "expected 18,446,744,073,709,551,616 bytes for",
+    ),
+    "offsets": (
+        raw({"t": entry(data_offsets=[0])}, b"0" * 8),
+        "expected \\[begin, end\\] in bytes, got \\[0\\]",
+    ),
+    "reversed": (raw({"t": entry(data_offsets=[8, 0])}, b"0" * 8), "got -8 "),
     "overlap": (
         raw({"s": entry(), "t": entry(data_offsets=[4, 12])}, b"0" * 12),
-        "'t' overlaps the one before it at byte 4",
+        "'t' overlaps the one before it: expected to begin at byte 8 of the body, begins at 4",
     ),
-    "gap": (raw({"t": entry(data_offsets=[4, 12])}, b"0" * 12), "'t' leaves a gap at byte 4"),
-    "body cut": (raw({"t": entry()}, b"0" * 5), "5 of 8 tensor bytes are there: the download"),
-    "body long": (raw({"t": entry()}, b"0" * 9), "1 bytes too many after the last tensor"),
+    "gap": (
+        raw({"t": entry(data_offsets=[4, 12])}, b"0" * 12),
+        "'t' leaves a gap: expected to begin at byte 0",
+    ),
+    "body cut": (
+        raw({"t": entry()}, b"0" * 5),
+        "expected 8 bytes of tensors, up to the end of tensor 't', got 5: the",
+    ),
+    "body long": (raw({"t": entry()}, b"0" * 9), "to end with tensor 't', got 1 more bytes"),
     "many": (
         raw({f"{i}": entry(shape=[0], data_offsets=[0, 0]) for i in range(16_385)}),
-        "16385 tensors, expected at most 16384",
+        "expected at most 16,384 tensors, the header lists 16,385",
     ),
 }
 
@@ -127,7 +159,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused() -> None:
 
     data = container.encode(SAMPLE, {})
     head = container.read_head(io.BytesIO(data), len(data), "x")
-    with pytest.raises(SnellaFileError, match="became shorter while it was read"):
+    with pytest.raises(SnellaFileError, match=r"became shorter while tensor 'a.weight' was read"):
         container.read_tensors(io.BytesIO(b"123"), head, "x")
 
 
@@ -144,12 +176,14 @@ def test_only_regular_files_are_opened(kind: str, tmp_path: Path) -> None:
 
 
 def test_other_dtypes_are_not_written() -> None:
-    with pytest.raises(SnellaFileError, match=r"'t' is torch.int64; adapters hold F64, F32"):
+    with pytest.raises(
+        SnellaFileError, match=r"'t': expected one of F32, F16, BF16, got torch.int64"
+    ):
         container.encode({"t": torch.zeros(1, dtype=torch.int64)}, {})
 
 
 def test_a_header_beyond_the_limit_is_not_written() -> None:
-    with pytest.raises(SnellaFileError, match="at most 16384 and 4194304"):
+    with pytest.raises(SnellaFileError, match="at most 16,384 tensors and a header of 4,194,304"):
         container.encode({}, {"note": "x" * MAX_HEADER_BYTES})
 
 

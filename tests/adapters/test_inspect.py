@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from snell_diffusion.__main__ import main
-from snell_diffusion.adapters import AdapterFile, inspect_adapter, summary
+from snell_diffusion.adapters import AdapterFile, inspect_adapter, read_adapter, summary
+from tests.adapters.files import rebuilt
 
 
 def test_summary_tells_origin_training_and_layers(adapter_file: AdapterFile) -> None:
@@ -43,4 +45,17 @@ def test_info_refuses_with_a_reason(tmp_path: Path, capsys: pytest.CaptureFixtur
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(b"not a tensor file at all")
     assert main(["info", str(bad)]) == 1
-    assert capsys.readouterr().err.startswith(f"error: {bad}: header of")
+    assert capsys.readouterr().err.startswith(f"error: {bad}: expected a safetensors header")
+
+
+def test_summary_escapes_what_a_terminal_would_obey(adapter_bytes: bytes) -> None:
+    def change(header: dict[str, Any]) -> None:
+        header["writer"] = "snell\x1b[2J"
+        header["metadata"]["instance_prompt"] = "a\x1b]0;owned\x07\nfile      fake\u202e\ud800"
+        header["components"]["unet"]["base"]["class"] = "UNet\r\x9b"
+
+    text = summary(read_adapter(rebuilt(adapter_bytes, change)))
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert r"instance_prompt: a\x1b]0;owned\x07\nfile      fake\u202e\ud800" in text
+    assert not any(line.startswith("file      fake") for line in text.split("\n"))
+    text.encode("utf-8")

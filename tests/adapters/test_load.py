@@ -191,7 +191,7 @@ def rename_tensors(tensors: dict[str, Tensor]) -> None:
 
 
 def shrink_layer(header: dict[str, Any]) -> None:
-    header["components"]["unet"]["layers"][LAYER]["shape"] = [32, 16]
+    header["components"]["unet"]["layers"][LAYER] |= {"shape": [32, 16], "kept": 8}
 
 
 def shrink_tensors(tensors: dict[str, Tensor]) -> None:
@@ -216,50 +216,55 @@ REFUSED: dict[str, tuple[Change, Change, type[SnellaError], str]] = {
         rename_layer,
         rename_tensors,
         SnellaKeyError,
-        r"1 of 32 layers are no Linear of this unet \(UNet2DConditionModel\): mid.*to_x",
+        r"layers of this UNet2DConditionModel, got 1 of 32 that are none: mid.*to_x; load the base",
     ),
     "other width": (
         shrink_layer,
         shrink_tensors,
         SnellaShapeError,
-        r"to_q: the file's layer is \[out, in\] = \[32, 16\], this model's is \[32, 32\]",
+        r"to_q: expected \[out, in\] = \[32, 32\] as in this model, got \[32, 16\]",
     ),
     "missing tensor": (
         nothing,
         drop("gamma"),
         SnellaKeyError,
-        "missing: snella_gamma; unknown: non",
+        "missing: snella_gamma, unknown: none",
     ),
     "extra tensor": (
         nothing,
         put("delta", torch.zeros(1)),
         SnellaKeyError,
-        "missing: none; unknown: snella_delta",
+        "missing: none, unknown: 'snella_delta'",
     ),
     "scalar shape": (
         nothing,
         put("alpha", torch.zeros(3)),
         SnellaShapeError,
-        r"shape \(3,\), expec",
+        r"'snella_alpha': expected shape \[1\] .*got \[3\]",
     ),
-    "signs shape": (nothing, put("signs", torch.zeros(5)), SnellaShapeError, r"expected \(2,\)"),
+    "signs shape": (
+        nothing,
+        put("signs", torch.zeros(5)),
+        SnellaShapeError,
+        r"expected shape \[2\]",
+    ),
     "overflowing": (
         nothing,
         put("A", HUGE),
         SnellaValueError,
-        "update holds NaN or infinite values",
+        "expected an update of finite torch.float32 numbers",
     ),
     "alpha huge": (
         nothing,
         put("alpha", torch.tensor([1e6])),
         SnellaValueError,
-        "times as large as the weight it is added to .accepted: 100.",
+        "expected an update at most 100 times as large as the weight it is added to",
     ),
     "second component": (
         header_change(["config", "target_sparsity"], 7),
         nothing,
         SnellaConfigError,
-        "settings of method 'snella' are refused: target_sparsity",
+        "header field 'config': target_sparsity must be a number",
     ),
     "setting type": (
         header_change(["config", "dropout"], "no"),
@@ -271,31 +276,31 @@ REFUSED: dict[str, tuple[Change, Change, type[SnellaError], str]] = {
         header_change(["config", "turbo"], 1),
         nothing,
         SnellaConfigError,
-        "has no setting turbo; known: .*alloc_beta1",
+        "settings of method 'snella' .*alloc_beta1.* got 'turbo'",
     ),
     "pattern": (
         header_change(["config", "target_modules"], "([a-z]+)+!"),
         nothing,
         SnellaConfigError,
-        "has no setting target_modules",
+        "got 'target_modules'",
     ),
     "modules to save": (
         header_change(["config", "modules_to_save"], ["(a+)+$"]),
         nothing,
         SnellaConfigError,
-        "has no setting modules_to_save",
+        "got 'modules_to_save'",
     ),
     "other class": (
         header_change(["base", "class"], "T5EncoderModel"),
         nothing,
         SnellaBaseError,
-        "was trained on T5EncoderModel, this is CLIPTextModel: all its layers fit; allow_other",
+        "base.class': expected CLIPTextModel .* got 'T5EncoderModel', .*all its layers fit; allow",
     ),
     "other settings": (
         header_change(["base", "config_hash"], "0" * 64),
         nothing,
         SnellaBaseError,
-        "a CLIPTextModel with other settings .config hash 000000000000, this model has",
+        "base.config_hash': expected .*got 000000000000.*a CLIPTextModel with other settings",
     ),
 }
 
@@ -316,7 +321,7 @@ def test_a_refused_adapter_leaves_no_trace(
 
 def test_a_component_that_is_not_there_is_named(adapter_file: AdapterFile) -> None:
     components = {"transformer": sd15_unet(), "text_encoder": text_encoder()}
-    message = r"adapts 'unet' \(32 layers of a UNet2DConditionModel\), .* text_encoder, transformer"
+    message = r"adapts 'unet' \(32 layers of a UNet2DConditionModel\), .*text_encoder, transformer"
     with pytest.raises(SnellaKeyError, match=message):
         load_adapter(components, adapter_file)
 
@@ -344,7 +349,7 @@ def test_another_base_of_equal_shapes_can_be_forced(
 
 
 def test_the_bound_on_the_update_can_be_moved(adapter_file: AdapterFile, models: Models) -> None:
-    with pytest.raises(SnellaValueError, match=r"accepted: 0.01.*or raise max_relative_update"):
+    with pytest.raises(SnellaValueError, match=r"at most 0.01 times.*or raise max_relative_update"):
         load_adapter(models.components, adapter_file, max_relative_update=0.01)
     load_adapter(models.components, adapter_file, max_relative_update=1.0)
 
@@ -450,3 +455,55 @@ def test_no_code_is_imported_and_no_file_opened_while_loading(
     assert len(others) < len(seen)
     # "open 12" wraps a descriptor that is open already.
     assert [event for event in others if not event.split()[-1].isdigit()] == []
+
+
+def test_no_file_adapts_another_adapter(adapter_file: AdapterFile, models: Models) -> None:
+    """A LoRA's own matrices are Linears inside the model, and a file could name them."""
+    unet = models.components["unet"]
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "lora")
+    inner = f"{LAYER}.lora_A.lora"
+    assert isinstance(unet.get_submodule(inner), nn.Linear)
+    part = adapter_file.header.components["unet"]
+    row = part.layers[LAYER].model_copy(update={"shape": [2, 32]})
+    header = adapter_file.header.model_copy(
+        update={"components": {"unet": part.model_copy(update={"layers": {inner: row}})}}
+    )
+    with pytest.raises(SnellaKeyError, match=r"got 1 of 1 that are none: .*lora_A.lora"):
+        load_adapter(models.components, AdapterFile(header, {}, "x", None), "mine")
+
+
+def test_entries_that_a_threshold_hides_are_checked_too(
+    adapter_bytes: bytes, models: Models
+) -> None:
+    """`set_snella_sparsity` could bring them back after the load."""
+
+    def hide(header: dict[str, Any]) -> None:
+        header["components"]["unet"]["layers"][LAYER]["threshold"] = 2.0**100
+
+    def enlarge(tensors: dict[str, Tensor]) -> None:
+        tensors[f"unet.{LAYER}.snella_A"] *= 1e8
+        tensors[f"unet.{LAYER}.snella_threshold"] = torch.tensor(2.0**100)
+
+    file = read_adapter(rebuilt(adapter_bytes, hide, enlarge))
+    with pytest.raises(SnellaValueError, match=r"to_q at level 0: expected an update at most 100"):
+        load_adapter(models.components, file)
+
+
+def test_an_update_beyond_the_range_of_a_16_bit_base_is_refused(
+    adapter_bytes: bytes,
+) -> None:
+    def enlarge(tensors: dict[str, Tensor]) -> None:
+        tensors[f"unet.{LAYER}.snella_beta"] = torch.tensor([1e3])
+
+    components = {"unet": sd15_unet().half(), "text_encoder": text_encoder()}
+    file = read_adapter(rebuilt(adapter_bytes, tensors=enlarge))
+    with pytest.raises(SnellaValueError, match=r"expected an update of finite torch.float16 numb"):
+        load_adapter(components, file, max_relative_update=1e30)
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, float("nan")])
+def test_the_bound_is_a_positive_number(
+    bound: float, adapter_file: AdapterFile, models: Models
+) -> None:
+    with pytest.raises(SnellaValueError, match="max_relative_update: expected a number above 0"):
+        load_adapter(models.components, adapter_file, max_relative_update=bound)

@@ -17,7 +17,7 @@ from snell_diffusion.errors import (
     SnellaShapeError,
     SnellaValueError,
 )
-from tests.adapters.files import assemble, header_of, rebuilt, scalar, tensors_of
+from tests.adapters.files import assemble, header_of, level, rebuilt, scalar, tensors_of
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 PLACE = f"unet.{LAYER}.snella_"
@@ -47,13 +47,13 @@ def test_by_layer_groups_all_tensors(adapter_path: Path) -> None:
 def test_a_changed_value_breaks_the_digest(adapter_bytes: bytes) -> None:
     damaged = bytearray(adapter_bytes)
     damaged[-3] ^= 1
-    with pytest.raises(SnellaFileError, match="content was changed after it was written"):
+    with pytest.raises(SnellaFileError, match="tensors were changed after they were written"):
         read_adapter(bytes(damaged))
 
 
 def test_a_foreign_digest_is_refused(adapter_bytes: bytes) -> None:
     data = assemble(header_of(adapter_bytes), tensors_of(adapter_bytes), digest_text="sha256:0")
-    with pytest.raises(SnellaFileError, match="the header says 'sha256:0'"):
+    with pytest.raises(SnellaFileError, match=r"'snella.digest': expected 'sha256:0'"):
         read_adapter(data)
 
 
@@ -95,21 +95,44 @@ def change(name: str, value: Tensor | None) -> Any:
 
 
 BROKEN: dict[str, tuple[Any, type[SnellaError], str]] = {
-    "nan": (change("beta", torch.tensor([torch.nan])), SnellaValueError, "beta' holds 1 NaN"),
+    "nan": (
+        change("beta", torch.tensor([torch.nan])),
+        SnellaValueError,
+        "beta': expected finite numbers, got 1 NaN",
+    ),
     "infinite": (
         change("A", torch.full((2, 32, 2), torch.inf)),
         SnellaValueError,
-        "A' holds 128 NaN or infinite values of 128",
+        "A': expected finite numbers, got 128 NaN or infinite ones of 128",
     ),
-    "rank": (change("A", torch.zeros(2, 32, 3)), SnellaShapeError, r"shape \(2, 32, 3\), .* says"),
-    "heads": (change("B", torch.zeros(1, 32, 2)), SnellaShapeError, r"says \(2, 32, 2\)"),
-    "level": (change("sparsity", scalar(0.9)), SnellaValueError, "sparsity is 0.9, the layer tab"),
-    "level gone": (change("sparsity", None), SnellaValueError, "sparsity is None, the layer table"),
-    "level vector": (change("sparsity", torch.zeros(3)), SnellaValueError, "sparsity is None"),
-    "threshold": (
-        change("threshold", scalar(0.5, torch.float32)),
+    "rank": (
+        change("A", torch.zeros(2, 32, 3)),
+        SnellaShapeError,
+        r"\[2, 32, 2\].*got \[2, 32, 3\]",
+    ),
+    "heads": (
+        change("B", torch.zeros(1, 32, 2)),
+        SnellaShapeError,
+        r"shape \[2, 32, 2\] .*by the layer table",
+    ),
+    "level": (change("sparsity", level(0.9)), SnellaValueError, "as in the layer table, got 0.9;"),
+    "level gone": (change("sparsity", None), SnellaValueError, "in the layer table, got None"),
+    "level vector": (change("sparsity", torch.zeros(4, 3)), SnellaValueError, r"got \[0.0, 0.0"),
+    "level long": (change("sparsity", torch.zeros(99, 3)), SnellaShapeError, "at most 256 numb"),
+    "level parts": (
+        change("sparsity", torch.tensor([0.5, 0.25, 0.0])),
         SnellaValueError,
-        "threshold is 0.5, the layer table says None",
+        r"expected the 3 parts of one number, high part first, got \[0.5, 0.25, 0.0\]",
+    ),
+    "level half": (
+        change("sparsity", torch.zeros(3, dtype=torch.float16)),
+        SnellaValueError,
+        "expected F32 with a last axis of 3",
+    ),
+    "threshold": (
+        change("threshold", scalar(0.5)),
+        SnellaValueError,
+        "threshold': expected None as in the layer table, got 0.5",
     ),
 }
 
@@ -136,7 +159,9 @@ def test_a_file_can_set_nothing_outside_its_layer_table(name: str, adapter_bytes
     def apply(tensors: dict[str, Tensor]) -> None:
         tensors[name] = torch.zeros(2)
 
-    with pytest.raises(SnellaKeyError, match=rf"belong to no layer of the table: {name};"):
+    with pytest.raises(
+        SnellaKeyError, match=rf"only tensors of the layers in its table, got {name};"
+    ):
         read_adapter(rebuilt(adapter_bytes, tensors=apply))
 
 
@@ -145,7 +170,7 @@ def test_a_layer_without_tensors_is_refused(adapter_bytes: bytes) -> None:
         for name in [name for name in tensors if name.startswith(PLACE)]:
             del tensors[name]
 
-    with pytest.raises(SnellaKeyError, match=rf"no tensors for unet.{LAYER}; the file is incompl"):
+    with pytest.raises(SnellaKeyError, match=rf"got none for unet.{LAYER}; the file is incompl"):
         read_adapter(rebuilt(adapter_bytes, tensors=apply))
 
 
@@ -153,7 +178,7 @@ def test_settings_in_header_and_tensor_must_agree(adapter_bytes: bytes) -> None:
     def apply(header: dict[str, Any]) -> None:
         header["components"]["unet"]["config"]["sparsify"] = "mask"
 
-    message = "sparsify is 'mask' in the header, 'squared' in its tensor"
+    message = "setting sparsify: expected 'mask' as in the header, got 'squared'"
     with pytest.raises(SnellaSchemaError, match=message):
         read_adapter(rebuilt(adapter_bytes, apply))
 
@@ -165,19 +190,23 @@ def test_a_config_cannot_ask_for_other_factors_than_the_table(
     def apply(header: dict[str, Any]) -> None:
         header["components"]["text_encoder"]["config"][field] = value
 
-    with pytest.raises(SnellaSchemaError, match=r"has r=4, heads=2; the config says"):
+    with pytest.raises(
+        SnellaSchemaError, match=rf"config.{field}': expected . as in layer .* got {value}"
+    ):
         read_adapter(rebuilt(adapter_bytes, apply))
 
 
 def test_state_dicts_hold_tensors_only(adapter_bytes: bytes) -> None:
     tensors: dict[str, Any] = dict(tensors_of(adapter_bytes))
-    with pytest.raises(SnellaFileError, match="'x' is a list, expected a tensor"):
+    with pytest.raises(SnellaFileError, match="'x': expected a tensor under a name, got a list"):
         read_adapter({**tensors, "x": [1]})
-    with pytest.raises(SnellaFileError, match=r"'x' is torch.int64 on cpu; expected F64"):
+    with pytest.raises(
+        SnellaFileError, match=r"'x': expected one of F32, F16, BF16 .*int64 on cpu"
+    ):
         read_adapter({**tensors, "x": torch.zeros(1, dtype=torch.int64)})
-    with pytest.raises(SnellaFileError, match=r"'x' is torch.float32 on meta"):
+    with pytest.raises(SnellaFileError, match=r"got torch.float32 on meta"):
         read_adapter({**tensors, "x": torch.zeros(1, device="meta")})
-    with pytest.raises(SnellaFileError, match=r"snella.header is a int, expected text"):
+    with pytest.raises(SnellaFileError, match=r"'snella.header': expected a text, got a int"):
         read_adapter({**tensors, "snella.header": 3})
 
 

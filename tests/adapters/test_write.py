@@ -16,6 +16,7 @@ from snell_diffusion.adapters import (
     save_adapter,
     state_with_header,
 )
+from snell_diffusion.adapters.doubles import join_doubles
 from snell_diffusion.adapters.write import target_file
 from snell_diffusion.errors import (
     SnellaConfigError,
@@ -55,7 +56,8 @@ def test_values_are_the_live_ones_bit_for_bit(adapter_path: Path, adapted: Compo
     stored = load_file(adapter_path)
     for path, layer in delta_layers(adapted["unet"]):
         assert torch.equal(stored[f"unet.{path}.snella_A"], layer.snella_A["default"])
-        assert torch.equal(stored[f"unet.{path}.snella_sparsity"], layer.snella_sparsity["default"])
+        level = join_doubles(stored[f"unet.{path}.snella_sparsity"], path)
+        assert torch.equal(level, layer.snella_sparsity["default"])
 
 
 def test_the_layer_table_tells_level_and_kept_entries(
@@ -142,7 +144,9 @@ def test_broken_values_are_not_written(tmp_path: Path) -> None:
 def test_metadata_beyond_the_limits_is_not_written(tmp_path: Path, adapted: Components) -> None:
     with pytest.raises(SnellaSchemaError, match=r"metadata.prompt"):
         save_adapter(tmp_path, adapted, metadata={"prompt": "x" * 2049})
-    with pytest.raises(SnellaSchemaError, match="at most 64 items"):
+    with pytest.raises(
+        SnellaSchemaError, match=r"expected at most 64 entries.*nothing was written"
+    ):
         save_adapter(tmp_path, adapted, metadata={f"n{i}": i for i in range(65)})
     assert list(tmp_path.iterdir()) == []
 
@@ -179,3 +183,22 @@ def test_of_a_local_base_only_the_folder_name_is_told(tmp_path: Path, adapted: C
         read_adapter(adapter_file_bytes(adapted, base={"source": None})).header.origin.source
         is None
     )
+
+
+def test_a_double_precision_model_is_saved_in_float32() -> None:
+    unet = adapt(sd15_unet()).double()
+    file = read_adapter(adapter_file_bytes({"unet": unet}))
+    assert {tensor.dtype for tensor in file.tensors.values()} == {torch.float32}
+
+
+def test_a_level_below_what_a_file_holds_is_not_written() -> None:
+    unet = adapt(sd15_unet())
+    dict(delta_layers(unet))[PLACE].set_sparsity("default", 1e-40)
+    message = rf"{PLACE}.snella_sparsity of adapter 'default': expected 0 or .*1e-40"
+    with pytest.raises(SnellaValueError, match=message):
+        adapter_file_bytes({"unet": unet})
+
+
+def test_a_safety_checker_is_no_component_of_an_adapter(adapted: Components) -> None:
+    with pytest.raises(SnellaSchemaError, match=r"'safety_checker', which no adapter may change"):
+        adapter_file_bytes({"safety_checker": adapted["text_encoder"]})
