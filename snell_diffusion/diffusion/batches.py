@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from snell_diffusion.diffusion.config import TrainConfig
-from snell_diffusion.diffusion.data import Photo, open_photo, to_square
+from snell_diffusion.diffusion.data import Photo, to_unit
 from snell_diffusion.diffusion.families import Conditions
 from snell_diffusion.diffusion.losses import stratified_timesteps, uniform_timesteps
 from snell_diffusion.diffusion.setup import Model
-from snell_diffusion.training.randomness import generator, item_at, normal
+from snell_diffusion.diffusion.views import CENTRE, Draws, PixelReader, View, read_square
+from snell_diffusion.training.randomness import generator, normal
 
 _ENCODE_BATCH = 4
 
@@ -33,15 +33,26 @@ class Batch:
 
 
 class TextTable:
-    """Encoded prompts: once, where the text encoder is frozen; anew each time, where it trains."""
+    """Encoded prompts: once, where the text encoder is frozen; anew each time, where it trains.
+
+    Attributes:
+        problems: Cached prompts whose embedding holds NaN or infinite values.
+    """
 
     def __init__(self, model: Model, prompts: Sequence[str], cached: bool) -> None:
         self._model = model
         self._rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         self._table: Conditions | None = None
+        self.problems: list[str] = []
         if cached:
             with torch.no_grad():
                 self._table = self._encode(list(self._rows))
+            sound = [finite_rows(table) for table in self._table.values()]
+            self.problems = [
+                f"prompt '{prompt}'"
+                for prompt, *finite in zip(self._rows, *sound, strict=True)
+                if not all(finite)
+            ]
 
     def __call__(self, prompts: Sequence[str]) -> Conditions:
         if self._table is None:
@@ -59,8 +70,11 @@ class Latents:
     Args:
         model: The base.
         photos: What to encode.
-        config: Resolution, crop, flips, cache.
+        config: Resolution, flips, cache, seed.
         name: Purpose of the random draws, for example "instance".
+
+    Attributes:
+        problems: Cached photos whose latents hold NaN or infinite values.
     """
 
     def __init__(
@@ -69,6 +83,7 @@ class Latents:
         self._model, self._photos = model, photos
         self._config, self._name = config, name
         self._cache: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
+        self.problems: list[str] = []
         if config.cache_latents:
             for flip in (False, True) if config.random_flip else (False,):
                 self._fill(flip)
@@ -77,28 +92,32 @@ class Latents:
     def _fill(self, flip: bool) -> None:
         for start in range(0, len(self._photos), _ENCODE_BATCH):
             indices = range(start, min(start + _ENCODE_BATCH, len(self._photos)))
-            pixels = torch.stack([self._pixels(i, (0.5, 0.5), flip) for i in indices])
-            mean, std = self._encode(pixels)
+            photos = [self._photos[i] for i in indices]
+            pixels = [read_square(p, self._config, View(CENTRE, flip)) for p in photos]
+            mean, std = self._encode(torch.stack(pixels))
+            sound = finite_rows(mean + std)
             for row, index in enumerate(indices):
                 self._cache[index, flip] = mean[row], std[row]
+                if not sound[row]:
+                    self.problems.append(f"photo '{photos[row].path}'")
 
     def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        return self._model.family.encode_images(self._model.pipe, pixels)
-
-    def _pixels(self, index: int, crop: tuple[float, float], flip: bool) -> Tensor:
-        return to_square(open_photo(self._photos[index].path), self._config.resolution, crop, flip)
+        return self._model.family.encode_images(self._model.pipe, to_unit(pixels))
 
     @torch.no_grad()
-    def draw(self, index: int, *counters: int) -> Tensor:
-        """A sample of the latents of photo `index`, [C, h, w]; crop and flip by the counters."""
-        u = torch.rand(3, generator=generator(self._config.seed, f"{self._name}-view", *counters))
-        flip = self._config.random_flip and bool(u[0] < 0.5)
-        if self._config.cache_latents:
-            mean, std = self._cache[index, flip]
+    def draw(self, index: int, view: View, pixels: Tensor | None, *counters: int) -> Tensor:
+        """A sample of the latents of photo `index`, [C, h, w].
+
+        Args:
+            index: Which photo.
+            view: How it is shown.
+            pixels: It as shown, uint8 [3, S, S]; None takes the cache.
+            counters: What the sample's noise is drawn from.
+        """
+        if pixels is None:
+            mean, std = self._cache[index, view.flip]
         else:
-            crop = (0.5, 0.5) if self._config.center_crop else (float(u[1]), float(u[2]))
-            pixels = self._pixels(index, crop, flip)[None]
-            mean, std = (part[0] for part in self._encode(pixels))
+            mean, std = (part[0] for part in self._encode(pixels[None]))
         noise = normal(tuple(mean.shape), self._config.seed, f"{self._name}-posterior", *counters)
         return mean + std * noise.to(mean.device)
 
@@ -110,18 +129,30 @@ class Latents:
         return torch.stack([self._cache[i, False][0] for i in range(len(self._photos))])
 
 
+def finite_rows(tensor: Tensor) -> list[bool]:
+    """Which rows of [B, ...] hold finite values only."""
+    sound: list[bool] = tensor.isfinite().flatten(1).all(1).tolist()
+    return sound
+
+
 @dataclass(frozen=True)
 class Concept:
-    """Photos that share a purpose (instance or class), with their latents."""
+    """Photos that share a purpose (instance or class): their stream and their latents."""
 
-    name: str
-    photos: Sequence[Photo]
+    draws: Draws
     latents: Latents
-    batch: int
 
 
 class Batches:
-    """Draw the batch of any (step, micro-batch)."""
+    """Draw the batch of any (step, micro-batch).
+
+    Args:
+        config: Seed, timesteps, cache.
+        concepts: The subject, then the class where there is one.
+        text: Encoded prompts.
+        model: The base.
+        reader: Reads the pixels where latents are not cached.
+    """
 
     def __init__(
         self,
@@ -129,51 +160,65 @@ class Batches:
         concepts: Sequence[Concept],
         text: TextTable,
         model: Model,
-        accelerator: Accelerator,
+        reader: PixelReader,
     ) -> None:
         self._config, self._concepts, self._text = config, concepts, text
         self._num_timesteps = model.objective.num_timesteps
-        self._rank, self._world = accelerator.process_index, accelerator.num_processes
-        self._device = accelerator.device
+        self._device, self._reader = model.device, reader
 
     def __call__(self, step: int, micro: int) -> Batch:
         """The batch of optimizer step `step` (1, 2, ...) and micro-batch `micro` (0, 1, ...)."""
-        latents, noise, timesteps, prompts = [], [], [], []
+        noise, timesteps, prompts = [], [], []
+        latents = self._latents(step, micro)
         for concept in self._concepts:
-            timesteps.append(self._timesteps(concept, step, micro))
-            for place in self._places(concept):
-                index = self._index(concept, step, micro, place)
-                sample = concept.latents.draw(index, step, micro, place)
-                purpose = f"{concept.name}-noise"
-                latents.append(sample)
-                noise.append(
-                    normal(tuple(sample.shape), self._config.seed, purpose, step, micro, place)
-                )
-                prompts.append(concept.photos[index].prompt)
+            timesteps.append(self._timesteps(concept.draws, step, micro))
+            for place in concept.draws.places():
+                shape, purpose = tuple(latents[0].shape), f"{concept.draws.name}-noise"
+                noise.append(normal(shape, self._config.seed, purpose, step, micro, place))
+                index = concept.draws.index(step, micro, place)
+                prompts.append(concept.draws.photos[index].prompt)
         return Batch(
             latents=torch.stack(latents).to(self._device),
             noise=torch.stack(noise).to(self._device),
             timesteps=torch.cat(timesteps).to(self._device),
             conditions=self._text(prompts),
-            instances=self._concepts[0].batch,
+            instances=self._concepts[0].draws.batch,
         )
 
-    def _places(self, concept: Concept) -> range:
-        """Places of this process in the global batch."""
-        return range(self._rank * concept.batch, (self._rank + 1) * concept.batch)
+    def _latents(self, step: int, micro: int) -> list[Tensor]:
+        """The latents of this process's samples, concept by concept."""
+        cached = self._config.cache_latents
+        pixels = None if cached else self._reader(step, micro)
+        found = []
+        for number, concept in enumerate(self._concepts):
+            draws = concept.draws
+            for row, place in enumerate(draws.places()):
+                counters = step, micro, place
+                shown = None if pixels is None else pixels[number][row]
+                index, view = draws.index(*counters), draws.view(*counters)
+                found.append(concept.latents.draw(index, view, shown, *counters))
+        return found
 
-    def _index(self, concept: Concept, step: int, micro: int, place: int) -> int:
-        done = (step - 1) * self._config.gradient_accumulation_steps + micro
-        position = done * concept.batch * self._world + place
-        return item_at(position, len(concept.photos), self._config.seed, concept.name)
+    def describe(self, step: int, micro: int) -> list[str]:
+        """Photo, timestep and unsound latents of every sample of a batch, for messages."""
+        names = []
+        sound = finite_rows(torch.stack(self._latents(step, micro)))
+        for concept in self._concepts:
+            draws = concept.draws
+            timesteps = self._timesteps(draws, step, micro).tolist()
+            for place, timestep in zip(draws.places(), timesteps, strict=True):
+                photo = draws.photos[draws.index(step, micro, place)]
+                bad = "" if sound[len(names)] else ", whose latents are not finite,"
+                names.append(f"photo '{photo.path}'{bad} at timestep {timestep}")
+        return names
 
-    def _timesteps(self, concept: Concept, step: int, micro: int) -> Tensor:
-        count = concept.batch * self._world
-        seeded = generator(self._config.seed, f"{concept.name}-timestep", step, micro)
+    def _timesteps(self, draws: Draws, step: int, micro: int) -> Tensor:
+        count = draws.batch * draws.world
+        seeded = generator(self._config.seed, f"{draws.name}-timestep", step, micro)
         draw = torch.rand(count, generator=seeded)
         if self._config.timestep_sampling == "stratified":
             timesteps = stratified_timesteps(count, self._num_timesteps, draw)
         else:
             timesteps = uniform_timesteps(self._num_timesteps, draw)
-        places = self._places(concept)
+        places = draws.places()
         return timesteps[places.start : places.stop]

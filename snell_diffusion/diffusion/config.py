@@ -91,6 +91,12 @@ class Data:
     cache_latents: bool = _help(
         True, "Encode every photo once and keep the latents in memory; the VAE then leaves the GPU."
     )
+    dataloader_num_workers: Whole = _help(
+        0,
+        "Processes that read and crop photos ahead of their step where cache_latents is off; at "
+        "least 0 (0 = none). The result is the same for any number. No effect with cache_latents, "
+        "because every photo is then read once, before the first step.",
+    )
 
 
 @dataclass(**_FROZEN)

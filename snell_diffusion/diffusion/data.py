@@ -151,7 +151,7 @@ def _text(path: Path) -> str | None:
     raise PhotoError("is not a regular file")
 
 
-def to_square(
+def square(
     image: Image.Image, size: int, crop: tuple[float, float] = (0.5, 0.5), flip: bool = False
 ) -> Tensor:
     """Resize the shorter side to `size` and crop a square.
@@ -163,15 +163,27 @@ def to_square(
         flip: Mirror left and right.
 
     Returns:
-        Tensor [3, size, size], float32 in [-1, 1].
+        Tensor [3, size, size], uint8.
     """
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
     left, top = round((width - size) * crop[0]), round((height - size) * crop[1])
     image = image.crop((left, top, left + size, top + size))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-    return pixels.flip(-1) if flip else pixels
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return pixels.flip(-1) if flip else pixels.contiguous()
+
+
+def to_square(
+    image: Image.Image, size: int, crop: tuple[float, float] = (0.5, 0.5), flip: bool = False
+) -> Tensor:
+    """The same square as the models take it, float32 in [-1, 1]."""
+    return to_unit(square(image, size, crop, flip))
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """uint8 pixels of any shape -> float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
 
 
 def data_digest(photos: list[Photo]) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from snell_diffusion.diffusion.config import TrainConfig
@@ -33,10 +34,11 @@ def dry_run(
     model = build_model(config, parallel.device, parallel)
     state = build_state(config, model.components, parallel)
     prior = photos.class_photos(photos.given_class or photos.instance, config)
-    loss_at = build_loss(config, model, photos.instance, prior, parallel.accelerator)
-    step_began = time.monotonic()
-    settings = dataclasses.replace(loop_settings(config), steps=1)
-    train(state, loss_at, settings, parallel, lambda numbers: None, stop)
+    with ExitStack() as closing:
+        loss_at = build_loss(config, model, photos.instance, prior, parallel, closing)
+        step_began = time.monotonic()
+        settings = dataclasses.replace(loop_settings(config), steps=1)
+        train(state, loss_at, settings, parallel, lambda numbers: None, stop)
     seconds, memory = time.monotonic() - step_began, peak_memory(model.device)
     size = sizes(model.components)
     lines = [

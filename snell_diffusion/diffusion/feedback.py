@@ -1,16 +1,17 @@
 """What a user sees of a run while it goes on: held-out loss, drift, sample sheets, allocation."""
 
-from collections.abc import Callable
+import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.sampling import Sampler
 from snell_diffusion.diffusion.validation import Probe
-from snell_diffusion.training.adapter_tensors import evaluating
+from snell_diffusion.training.adapter_tensors import evaluating, trainable_parameters
 from snell_diffusion.training.files import write_with
+from snell_diffusion.training.finite import require_finite_weights
 from snell_diffusion.training.loop import TrainState
+from snell_diffusion.training.parallel import Parallel
 from snell_diffusion.training.plots import (
     allocation_picture,
     loss_curve,
@@ -34,7 +35,7 @@ class RunFeedback:
         held_out: Photos for the held-out loss, or None.
         drift: Class images for the drift from the base, or None.
         sampler: Draws pictures.
-        autocast: Makes the precision context of the run.
+        parallel: The processes, and the precision of the run.
         draws: Whether this process takes part in drawing; only the main one writes pictures.
     """
 
@@ -47,13 +48,13 @@ class RunFeedback:
         held_out: Probe | None,
         drift: Probe | None,
         sampler: Sampler,
-        autocast: Callable[[], AbstractContextManager[Any]],
+        parallel: Parallel,
         draws: bool,
     ) -> None:
         self._config, self._folder, self._state = config, folder, state
         self._tracker, self._sampler = tracker, sampler
         self._held_out, self._drift = held_out, drift
-        self._autocast, self._draws = autocast, draws
+        self._parallel, self._draws = parallel, draws
         self._base_loss: float | None = None
         self._kept_share: float | None = None
         self._loss: float | None = None
@@ -64,14 +65,15 @@ class RunFeedback:
         """Held-out loss of the base model, None without held-out photos."""
         if self._base_loss is None and self._held_out is not None:
             with self._autocast():
-                self._base_loss = self._held_out.base_loss()
+                loss = self._held_out.base_loss()
+            self._base_loss = self._finite(loss, "the held-out loss of the base model")
         return self._base_loss
 
     def validation_loss(self) -> float | None:
         """Latest held-out loss of the adapted model; measured now if a resumed run has none yet."""
         if self._loss is None and self._held_out is not None:
             with self.shown_weights(), self._autocast():
-                self._loss = self._held_out.loss()
+                self._loss = self._finite(self._held_out.loss(), "the held-out loss")
         return self._loss
 
     @property
@@ -80,19 +82,28 @@ class RunFeedback:
         return self._kept_share
 
     def after(self, step: int) -> None:
-        """Do what is due after optimizer step `step`; 0 is the start."""
-        last = step == self._config.max_train_steps
-        self._refresh_kept_share()
-        if self._due(step, max(1, self._config.max_train_steps // _RECORDS)) or last:
-            self._record_allocation(step)
-        if self._due(step, self._config.validation_steps) or last:
-            self._validate(step)
-        if self._due(step, self._config.sample_steps) or last:
-            self._draw(step)
+        """Do what is due after optimizer step `step`; 0 is the start.
 
-    @staticmethod
-    def _due(step: int, every: int | None) -> bool:
-        return step == 0 or (every is not None and step % every == 0)
+        Raises:
+            NonFiniteError: The step made weights that are not finite; nothing was measured.
+        """
+        every = max(1, self._config.max_train_steps // _RECORDS)
+        plan = [
+            (every, self._record_allocation),
+            (self._config.validation_steps, self._validate),
+            (self._config.sample_steps, self._draw),
+        ]
+        due = [act for interval, act in plan if self._due(step, interval)]
+        self._refresh_kept_share()
+        if due:
+            weights = trainable_parameters(self._state.components)
+            require_finite_weights(weights, f"after step {step}", self._parallel)
+        for act in due:
+            act(step)
+
+    def _due(self, step: int, every: int | None) -> bool:
+        ends = step in (0, self._config.max_train_steps)
+        return ends or (every is not None and step % every == 0)
 
     def shown_weights(self) -> AbstractContextManager[None]:
         """The adapter that is measured, drawn and saved: the average where one is kept."""
@@ -115,12 +126,25 @@ class RunFeedback:
             numbers["validation_loss_base"] = self.base_loss
         with self.shown_weights(), self._autocast():
             if self._held_out is not None:
-                self._loss = numbers["validation_loss"] = self._held_out.loss()
+                self._loss = self._finite(self._held_out.loss(), f"the held-out loss, step {step},")
+                numbers["validation_loss"] = self._loss
             if self._drift is not None:
-                numbers["drift"] = self._drift.drift()
+                drift = self._drift.drift()
+                numbers["drift"] = self._finite(drift, f"the drift from the base, step {step},")
         if numbers:
             self._tracker.event("validation", step=step, **numbers)
             self._tracker.remote(numbers, step)
+
+    def _finite(self, value: float, what: str) -> float | None:
+        """A measurement, or None with a note: one that is not finite does not stop training."""
+        if math.isfinite(value):
+            return value
+        self._tracker.note(f"{what} is {value} and was left out")
+        return None
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = self._parallel.accelerator.autocast()
+        return context
 
     def _draw(self, step: int) -> None:
         prompts, count = self._config.prompts, self._config.num_validation_images

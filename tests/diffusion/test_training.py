@@ -157,7 +157,8 @@ def held_out_loss(pipe: StableDiffusionPipeline, settings: TrainConfig) -> float
     """The held-out loss written out again with diffusers' own parts."""
     from diffusers import DDPMScheduler
 
-    from snell_diffusion.diffusion.data import open_photo, to_square
+    from snell_diffusion.diffusion.data import to_square
+    from snell_diffusion.diffusion.decoding import open_photo
     from snell_diffusion.diffusion.validation import _SEED, fixed_timesteps
     from snell_diffusion.training.randomness import normal
 
