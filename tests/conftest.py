@@ -18,6 +18,11 @@ ROOT = Path(__file__).resolve().parents[1]
 DREAMBOOTH = ROOT.parent / "shared" / "dreambooth"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, help="how often the kill tests kill; default 12 or 60")
+    parser.addoption("--seed", type=int, help="seed of the tests that draw at random; printed")
+
+
 def pytest_configure() -> None:
     torch.set_num_threads(1)
 
