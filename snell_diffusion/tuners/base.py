@@ -47,7 +47,8 @@ class DeltaConfig(PeftConfig):
         default=32, metadata={"help": "rank: numbers per input and per output feature, 1 or more"}
     )
     scale: float = field(
-        default=1.0, metadata={"help": "constant factor on the update, finite and not 0"}
+        default=1.0,
+        metadata={"help": "constant factor on the update, 1e-12 to 1e12 or its negative"},
     )
     dropout: float = field(
         default=0.0,
@@ -81,7 +82,9 @@ class DeltaConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = MethodName(self.method)
         check_int("r", self.r, at_least=1)
-        check_number("scale", self.scale, "finite and not 0", lambda scale: scale != 0)
+        check_number(
+            "scale", self.scale, "1e-12 to 1e12 or its negative", lambda s: 1e-12 <= abs(s) <= 1e12
+        )
         check_number("dropout", self.dropout, "0 or more and below 1", lambda p: 0 <= p < 1)
         if self.seed is not None:
             check_int("seed", self.seed, at_least=0)

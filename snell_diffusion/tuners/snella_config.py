@@ -41,7 +41,7 @@ class SnellaConfig(DeltaConfig):
         },
     )
     p: float = field(
-        default=2.0, metadata={"help": "norm of the distances, 1 or more; 2 is Euclidean"}
+        default=2.0, metadata={"help": "norm of the distances, 1 to 1e6; 2 is Euclidean"}
     )
     sparsify: str = field(
         default="squared",
@@ -112,9 +112,16 @@ class SnellaConfig(DeltaConfig):
         check_choice("sparsify", self.sparsify, RULES)
         check_choice("init", self.init, INITS)
         check_choice("alloc_metric", self.alloc_metric, METRICS)
-        check_number("p", self.p, "1 or more", lambda p: p >= 1)
+        check_number("p", self.p, "1 to 1e6", lambda p: 1 <= p <= 1e6)
         check_number("init_scale", self.init_scale, "above 0", lambda scale: scale > 0)
-        for name in ("init_sparsity", "target_sparsity", "alloc_beta1", "alloc_beta2"):
+        # An adapter file holds numbers of 1e-28 and more exactly, and 0.
+        check_number(
+            "init_sparsity",
+            self.init_sparsity,
+            "0 or more and below 1, and 1e-12 or more unless it is 0",
+            lambda s: s == 0 or 1e-12 <= s < 1,
+        )
+        for name in ("target_sparsity", "alloc_beta1", "alloc_beta2"):
             check_number(name, getattr(self, name), "0 or more and below 1", lambda s: 0 <= s < 1)
         for name in ("train_alpha", "train_gamma", "train_beta"):
             check_bool(name, getattr(self, name))
