@@ -10,7 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
+from snell_diffusion.adapters import limits
+
 Count = Annotated[int, Field(ge=1)]
+Rank = Annotated[int, Field(ge=1, le=limits.MAX_RANK)]
+Heads = Annotated[int, Field(ge=1, le=limits.MAX_HEADS)]
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -106,10 +110,12 @@ class Method:
     method: Literal["snella", "lora"] = _help(
         "snella", "snella: kernelized sparse update. lora: PEFT's LoRA as it is, the yardstick."
     )
-    rank: Count | None = _help(
-        None, "Columns of the factors A and B together, over all heads; at least 1."
+    rank: Rank | None = _help(
+        None, f"Columns of the factors A and B together, over all heads; 1 to {limits.MAX_RANK}."
     )
-    heads: Count | None = _help(None, "Kernel heads with alternating signs; divides rank.")
+    heads: Heads | None = _help(
+        None, f"Kernel heads with alternating signs, 1 to {limits.MAX_HEADS}; divides rank."
+    )
     kernel: Literal["mixed", "distance", "linear"] | None = _help(
         None, "Kernel between the factors: mixed = distance + softmax over outputs + constant."
     )
@@ -139,8 +145,8 @@ class Method:
         [], "Names of the Linear layers to adapt, matched by suffix. Default: the family's list."
     )
     train_text_encoder: bool = _help(False, "Adapt the text encoder too (then its cache is off).")
-    text_encoder_rank: Count | None = _help(
-        None, "Rank of the text encoder's adapter; at least 1. Default: rank."
+    text_encoder_rank: Rank | None = _help(
+        None, f"Rank of the text encoder's adapter; 1 to {limits.MAX_RANK}. Default: rank."
     )
     alloc_init_warmup: Whole | None = _help(
         None, "Steps before the layers start to compete for the budget."
@@ -246,7 +252,9 @@ class Run:
     """Where results go, checkpoints, resuming, reproducibility."""
 
     output_dir: str = _help("runs/dreambooth", "Run folder: adapter, log, pictures, checkpoints.")
-    seed: Whole = _help(0, "Seed of everything random; the same seed gives the same adapter.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = _help(
+        0, "Seed of everything random, 0 to 2**63 - 1; the same seed gives the same adapter."
+    )
     checkpointing_steps: Count | None = _help(
         None, "Steps between checkpoints; at least 1. Default: at the end only."
     )
@@ -282,6 +290,22 @@ class TrainConfig(Run, Feedback, Optimization, Method, Data, BaseModel):
         for pair in value:
             if not pair.partition("=")[0].isidentifier() or "=" not in pair:
                 raise ValueError(f"expected name=value, got '{pair}'")
+        return value
+
+    @field_validator("instance_prompt", "class_prompt")
+    @classmethod
+    def _storable(cls, value: str | None) -> str | None:
+        """The adapter file tells its prompts, so what it cannot hold is refused at the start."""
+        if value is None:
+            return None
+        if len(value) > limits.MAX_PROMPT:
+            raise ValueError(
+                f"should have at most {limits.MAX_PROMPT} characters, has {len(value)}"
+            )
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("should be text that UTF-8 can hold") from error
         return value
 
     @model_validator(mode="after")

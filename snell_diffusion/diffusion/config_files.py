@@ -15,6 +15,7 @@ from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.errors import SnellaConfigError
 
 ALIASES = {"base": "pretrained_model_name_or_path"}
+_LONGEST = 80  # characters of a bad value that a message quotes
 KEYS = tuple(f.name for f in dataclasses.fields(TrainConfig))
 
 
@@ -81,7 +82,12 @@ def _readable(error: ValidationError) -> Iterable[str]:
     for issue in error.errors():
         name = ".".join(map(str, issue["loc"]))
         message = issue["msg"].removeprefix("Value error, ").replace("Input should", "should")
-        yield f"{name} {message}, got {issue['input']!r}" if name else message
+        yield f"{name} {message}, got {_short(issue['input'])}" if name else message
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _nearest(key: str, prefix: str = "") -> str:
@@ -99,6 +105,8 @@ def read_config(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
         raise SnellaConfigError(f"config file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SnellaConfigError(f"config file {path} is not UTF-8 text") from error
     except yaml.YAMLError as error:
         raise SnellaConfigError(f"config file {path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):

@@ -18,7 +18,7 @@ def given_images(folder: Path, prompt: str) -> list[Photo]:
     """Check the class images that are there already; none is fine."""
     if not folder.is_dir() or not any(p.suffix.lower() in SUFFIXES for p in folder.iterdir()):
         return []
-    return find_photos(folder, prompt, use_captions=False)
+    return find_photos(folder, prompt, use_captions=False, most=None)
 
 
 def check_recipe(folder: Path, recipe: dict[str, str]) -> None:
@@ -30,11 +30,18 @@ def check_recipe(folder: Path, recipe: dict[str, str]) -> None:
     path = folder / RECIPE
     if not path.is_file():
         return
-    found = json.loads(path.read_text("utf-8"))
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        given = {key: found[key] for key in recipe}
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise SnellaConfigError(
+            f"the note of the class images, '{path}', cannot be read: remove the class images with "
+            f"it, or choose another class_data_dir"
+        ) from error
     for key, value in recipe.items():
-        if found.get(key) != value:
+        if given[key] != value:
             raise SnellaConfigError(
-                f"the class images in '{folder}' were generated with {key} '{found.get(key)}', "
+                f"the class images in '{folder}' were generated with {key} '{given[key]}', "
                 f"this run has '{value}'; choose another class_data_dir or empty this one"
             )
 

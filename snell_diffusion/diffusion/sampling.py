@@ -7,8 +7,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from snell_diffusion.diffusion.batches import finite_rows
 from snell_diffusion.diffusion.families import Conditions, SampleRequest
 from snell_diffusion.diffusion.setup import Model
+from snell_diffusion.errors import shown
+from snell_diffusion.training.errors import NonFiniteError
 from snell_diffusion.training.randomness import generator
 
 
@@ -70,7 +73,11 @@ class Sampler:
     def draw(
         self, prompts: Sequence[str], purpose: str, indices: Sequence[int]
     ) -> list[Image.Image]:
-        """One picture per prompt; its start noise is a function of (seed, purpose, index)."""
+        """One picture per prompt; its start noise is a function of (seed, purpose, index).
+
+        Raises:
+            NonFiniteError: A picture holds NaN or infinite values, which would be shown as black.
+        """
         pictures: list[Image.Image] = []
         with _awake(self._model):
             for start in range(0, len(prompts), self._batch):
@@ -93,4 +100,18 @@ class Sampler:
             steps=self._steps,
             guidance=self._guidance,
         )
-        return to_pictures(family.decode_latents(pipe, family.sample(pipe, request)))
+        latents = family.sample(pipe, request)
+        pixels = family.decode_latents(pipe, latents)
+        _require_finite(latents, pixels, prompts)
+        return to_pictures(pixels)
+
+
+def _require_finite(latents: Tensor, pixels: Tensor, prompts: Sequence[str]) -> None:
+    for part, values in (("denoiser", latents), ("VAE", pixels)):
+        sound = finite_rows(values)
+        bad = [f"'{prompt}'" for prompt, ok in zip(prompts, sound, strict=True) if not ok]
+        if bad:
+            raise NonFiniteError(
+                f"the {part} gave NaN or infinite values in the picture of {shown(set(bad), 4)}; "
+                f"try mixed_precision no or bf16, or a lower guidance_scale"
+            )

@@ -30,6 +30,7 @@ checkpointing_steps checkpoints_total_limit resume_from_checkpoint gradient_accu
 gradient_checkpointing learning_rate text_encoder_lr lr_scheduler snr_gamma lr_warmup_steps
 lr_num_cycles lr_power optimizer adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
 report_to mixed_precision rank random_flip cache_latents validation_prompt num_validation_images
+dataloader_num_workers
 """.split()  # noqa: SIM905
 
 
@@ -97,11 +98,27 @@ def test_saved_text_reads_back_to_an_equal_config(tmp_path: Path) -> None:
         (["--optimizer_args", "amsgrad"], r"optimizer_args expected name=value, got 'amsgrad'"),
         (["--validation_data_dir", "v", "--num_validation_photos", "1"], r"not both"),
         (["--config", "absent.yaml"], r"config file absent.yaml cannot be read: No such file"),
+        (["--rank", "1025"], r"rank should be less than or equal to 1024, got 1025"),
+        (["--heads", "65"], r"heads should be less than or equal to 64, got 65"),
+        (["--seed", str(2**63)], r"seed should be less than 9223372036854775808"),
+        (["--dataloader_num_workers", "-1"], r"dataloader_num_workers should be greater than or"),
     ],
 )
 def test_mistakes_are_told(arguments: list[str], message: str) -> None:
     with pytest.raises(SnellaConfigError, match=message):
         parse_config([*LEAST, *arguments])
+
+
+@pytest.mark.parametrize("key", ["instance_prompt", "class_prompt"])
+def test_prompts_that_no_adapter_file_can_hold_are_refused_at_once(key: str) -> None:
+    make_config({**LEAST_VALUES, key: "a" * 2048})
+    with pytest.raises(
+        SnellaConfigError,
+        match=rf"{key} should have at most 2048 characters, has 2049, got 'a{{79}}\.\.\.$",
+    ):
+        make_config({**LEAST_VALUES, key: "a" * 2049})
+    with pytest.raises(SnellaConfigError, match=rf"{key} should be text that UTF-8 can hold"):
+        make_config({**LEAST_VALUES, key: "a \udcff cat"})
 
 
 @pytest.mark.parametrize("missing", LEAST_VALUES)
@@ -117,6 +134,13 @@ def test_all_unknown_keys_of_a_file_are_named() -> None:
         make_config(values, where="run.yaml")
     for part in ("run.yaml: ", "'lr'", "'instance_promt', did you mean 'instance_prompt'", "'zzz'"):
         assert part in str(error.value)
+
+
+def test_files_of_another_encoding_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"instance_prompt: caf\xe9\n")
+    with pytest.raises(SnellaConfigError, match=r"run\.yaml is not UTF-8 text"):
+        read_config(path)
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n"])

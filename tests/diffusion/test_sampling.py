@@ -8,6 +8,7 @@ import torch
 
 from snell_diffusion.diffusion.sampling import Sampler, rest
 from snell_diffusion.diffusion.setup import Model, build_model
+from snell_diffusion.training.errors import NonFiniteError
 from tests.diffusion.training_runs import SIDE, config
 
 
@@ -61,3 +62,22 @@ def test_modules_stay_where_they_are_on_the_cpu(model: Model) -> None:
     rest(model)
     assert {p.device.type for m in model.frozen_encoders() for p in m.parameters()} == {"cpu"}
     assert len(model.frozen_encoders()) == 2
+
+
+@pytest.mark.parametrize("part, value", [("denoiser", torch.nan), ("VAE", torch.inf)])
+def test_pictures_that_are_not_finite_are_refused(
+    model: Model, monkeypatch: pytest.MonkeyPatch, part: str, value: float
+) -> None:
+    """They would come out black (NaN) or white (infinite), which nobody could tell from a dud."""
+    inside = model.pipe.unet if part == "denoiser" else model.pipe.vae.decoder
+    whole = inside.forward
+
+    def broken(*arguments: object, **options: object) -> object:
+        found = whole(*arguments, **options)
+        first = found if isinstance(found, torch.Tensor) else found[0]
+        first[0, 0, 0, 0] = value
+        return found
+
+    monkeypatch.setattr(inside, "forward", broken)
+    with pytest.raises(NonFiniteError, match=rf"the {part} gave NaN .* picture of 'a cat'; try"):
+        sampler(model).draw(["a cat", "a dog"], "sample", [0, 1])

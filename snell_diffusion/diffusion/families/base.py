@@ -49,7 +49,8 @@ class Family:
         encode_text: (pipeline, prompts) -> Conditions; differentiable.
         encode_images: (pipeline, pixels [B, 3, H, W] in [-1, 1]) -> mean and standard deviation
             of the latents, each [B, C, h, w], scaled as the denoiser expects.
-        decode_latents: (pipeline, latents) -> pixels in [0, 1], float32 on the CPU.
+        decode_latents: (pipeline, latents) -> pixels in [0, 1], float32 on the CPU; NaN where they
+            are not finite.
         objective: (pipeline, device) -> what the denoiser predicts.
         denoise: (denoiser, x_t, timesteps, Conditions) -> prediction, shaped as x_t.
         sample: (pipeline, SampleRequest) -> latents.

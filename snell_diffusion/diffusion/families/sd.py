@@ -49,8 +49,8 @@ def encode_images(pipe: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 def decode_latents(pipe: Any, latents: Tensor) -> Tensor:
     latents = latents.to(pipe.vae.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
-    pixels = pipe.vae.decode(latents).sample
-    return (pixels.float().cpu() / 2 + 0.5).clamp(0, 1)
+    pixels = pipe.vae.decode(latents).sample.float().cpu() / 2 + 0.5
+    return pixels.clamp(0, 1).where(pixels.isfinite(), torch.nan)
 
 
 def objective(pipe: Any, device: torch.device) -> DiffusionObjective:
