@@ -6,10 +6,12 @@
         --instance_prompt "a photo of a sks cat" --output_dir runs/cat
 
 Exit codes: 0 finished, 2 bad input (nothing was replaced), 3 the loss became NaN or infinite (the
-last good state is kept), 130 or 143 stopped by SIGINT or SIGTERM (the state is saved; continue with
---resume_from_checkpoint latest). `accelerate launch` itself turns every failure into 1.
+last good state is kept), 4 the processes of the run disagree, 130 or 143 stopped by SIGINT or
+SIGTERM (the state is saved; continue with --resume_from_checkpoint latest). `accelerate launch`
+itself turns every failure into 1.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -29,6 +31,8 @@ def main(arguments: Sequence[str]) -> int:
     except SnellaError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    if int(os.environ.get("RANK", "0")):
+        return 0
     if result.adapter_path is not None:
         print(f"adapter: {result.adapter_path}")
     if result.validation_loss_after is not None:

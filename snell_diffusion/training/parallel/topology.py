@@ -77,8 +77,9 @@ def _plain(processes: int) -> str:
 
 def _started(accelerator: Accelerator, wanted: Topology) -> Topology:
     processes = accelerator.num_processes
-    # Sharding is our own work; what it needs from the launcher is a process group.
-    if wanted.strategy in ("FSDP", "DeepSpeed") and torch.distributed.is_initialized():
+    group = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 0
+    # Sharding is our own work; what it needs is a process group that accelerate believes in too.
+    if wanted.strategy in ("FSDP", "DeepSpeed") and group == processes:
         return Topology(processes, wanted.strategy)
     return Topology(processes, _plain(processes))
 
