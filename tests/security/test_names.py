@@ -21,7 +21,7 @@ from tests.tiny_models import adapt, hash_bytes, sd15_unet, text_encoder
 
 pytestmark = pytest.mark.row("A6")
 
-BLOCKS, ORDERS, STEPS = 20, 10, 10
+BLOCKS, ORDERS, STEPS = 20, 10, 8
 NAMES = ("a", "b-2", "weight")
 WEIGHTS = (0.0, 0.3, 1.0, -1.5, 1.7)
 FILES = {
@@ -34,7 +34,7 @@ TARGETS = {"unet": ["to_q", "to_v"], "text_encoder": ["q_proj"]}
 
 
 def small_unet() -> UNet2DConditionModel:
-    """One level instead of two, because it runs after each of 2,000 steps."""
+    """One level instead of two, because it runs after each of 1,600 steps."""
     return sd15_unet(
         block_out_channels=(16,),
         down_block_types=("CrossAttnDownBlock2D",),
