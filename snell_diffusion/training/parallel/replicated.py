@@ -14,7 +14,9 @@ from snell_diffusion.training.parallel.base import Parallel
 class Replicated(Parallel):
     """Whole models everywhere."""
 
-    name = "DDP"
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "none" if self.world == 1 else "DDP"
 
     def place(self, components: Mapping[str, nn.Module]) -> None:
         for model in components.values():
