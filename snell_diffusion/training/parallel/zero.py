@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from snell_diffusion.errors import SnellaConfigError
-from snell_diffusion.training.adapter_tensors import trainable_parameters
+from snell_diffusion.training.adapter_tensors import adapter_tensors, trainable_parameters
 from snell_diffusion.training.parallel.base import Parallel
 from snell_diffusion.training.parallel.zero_config import read_settings
 
@@ -64,19 +64,16 @@ class Zero(Parallel):
 
     def _divide(self, components: Mapping[str, nn.Module]) -> None:
         """Keep this process's part of every frozen weight, one weight after the other."""
-        frozen = [
-            parameter
-            for model in components.values()
-            for parameter in model.parameters()
-            if not parameter.requires_grad
-        ]
+        whole = set(adapter_parameters(components))
+        base = [p for model in components.values() for p in model.parameters() if p not in whole]
         self._deepspeed.zero.Init(
-            module=nn.ParameterList(frozen), config_dict_or_path=self._config(components)
+            module=nn.ParameterList(base), config_dict_or_path=self._config(components)
         )
 
     def _config(self, components: Mapping[str, nn.Module]) -> dict[str, Any]:
-        sizes = [p.numel() for p in trainable_parameters(components).values()]
-        return self.settings.deepspeed_config(max(sizes))
+        return self.settings.deepspeed_config(
+            max(parameter.numel() for parameter in adapter_parameters(components))
+        )
 
     def prepare(
         self, components: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
@@ -92,10 +89,8 @@ class Zero(Parallel):
         self._engine, *_ = self._deepspeed.initialize(
             model=_Models(components), optimizer=optimizer, config=config
         )
-        parameters = [parameter for group in groups for parameter in group["params"]]
         if self.settings.stage == 3:
-            # DeepSpeed gathers them when a module with parameters runs; factors are in containers.
-            parameters[0].all_gather(parameters)
+            _keep_whole(adapter_parameters(components))
         return ZeroOptimizer(groups, optimizer.defaults, self._engine)
 
     def backward(self, loss: Tensor) -> None:
@@ -109,6 +104,13 @@ class Zero(Parallel):
             parameter.grad = safe_get_full_grad(parameter).detach().clone()
 
 
+def adapter_parameters(components: Mapping[str, nn.Module]) -> list[nn.Parameter]:
+    """Every adapter's parameters, those included that a method freezes."""
+    tensors = (*adapter_tensors(components).values(), *trainable_parameters(components).values())
+    found = {tensor: None for tensor in tensors if isinstance(tensor, nn.Parameter)}
+    return list(found)
+
+
 class _Models(nn.Module):
     """All adapted models as the one module that an engine takes; hands a loss through."""
 
@@ -118,6 +120,18 @@ class _Models(nn.Module):
 
     def forward(self, loss: Tensor) -> Tensor:
         return loss
+
+
+def _keep_whole(parameters: Sequence[nn.Parameter]) -> None:
+    """Gather adapter tensors now, and outside of the engine's step keep them gathered.
+
+    By itself stage 3 gathers what a module owns when that module is called, which nobody does with
+    a container of factors, and drops it after the call, which would leave scores, thresholds and
+    averages without values.
+    """
+    for parameter in parameters:
+        parameter.is_external_param = True  # DeepSpeed's mark for "not dropped after a call"
+    parameters[0].all_gather(parameters)
 
 
 def import_deepspeed(device: torch.device) -> Any:

@@ -17,6 +17,7 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
 from torch import Tensor, nn
 
 from snell_diffusion.errors import SnellaConfigError
@@ -117,13 +118,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As the optimizer's own in one process: whole matrices by the parameters' places."""
+        self._link_entries()
         values = {index: self._whole(p) for index, p in enumerate(self._parameters())}
         packed = super().state_dict()
         return {**packed, "state": {index: found for index, found in values.items() if found}}
 
     def _whole(self, parameter: nn.Parameter) -> dict[str, Any]:
         return {
-            key: safe_get_full_optimizer_state(parameter, key).clone() if per_entry else value
+            key: copied(safe_get_full_optimizer_state(parameter, key) if per_entry else value)
             for key, value, per_entry in self._entries()
         }
 
@@ -160,6 +162,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._zero._optimizer_step(index)
             flat.grad = None
         self._pass_on(self.param_groups)
+        self._link_entries()
+
+    def _link_entries(self) -> None:
+        """Let DeepSpeed find every parameter's entries; by itself it forgets all groups but one."""
+        if self._stage3 or not self._sliced.state:
+            return
+        for group, flat in zip(self.param_groups, self._slices, strict=True):
+            lazy_init_hp_params_optimizer_state(group["params"], flat, self._sliced.state)
 
     def _set_master(self, parameter: nn.Parameter) -> None:
         if self._stage3:
@@ -171,8 +181,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for key, _, per_entry in self._entries():
             if not per_entry:
                 for flat in self._slices:
-                    inner = self._sliced.state[flat]
-                    inner[key] = saved[key].clone() if isinstance(saved[key], Tensor) else saved[key]
+                    self._sliced.state[flat][key] = copied(saved[key])
             elif self._stage3:
                 safe_set_local_optimizer_state(parameter, self._own(saved[key]), key)
             else:
@@ -181,3 +190,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def _own(self, whole: Tensor) -> Tensor:
         """This process's slice of one parameter in stage 3."""
         return self._padded(whole).chunk(self._world)[self._rank]
+
+
+def copied(value: Any) -> Any:
+    """A value that later steps do not change."""
+    return value.clone() if isinstance(value, Tensor) else value
