@@ -11,7 +11,7 @@ from snell_diffusion.diffusion.inputs import Photos
 from snell_diffusion.diffusion.objective import build_loss
 from snell_diffusion.diffusion.optimization import build_state, loop_settings
 from snell_diffusion.diffusion.results import RunResult
-from snell_diffusion.diffusion.setup import build_model, sizes
+from snell_diffusion.diffusion.setup import build_model
 from snell_diffusion.training.loop import train
 from snell_diffusion.training.parallel import Parallel
 from snell_diffusion.training.signals import StopRequest
@@ -40,7 +40,7 @@ def dry_run(
         settings = dataclasses.replace(loop_settings(config), steps=1)
         train(state, loss_at, settings, parallel, lambda numbers: None, stop)
     seconds, memory = time.monotonic() - step_began, peak_memory(model.device)
-    size = sizes(model.components)
+    size = model.sizes
     lines = [
         f"base: {config.pretrained_model_name_or_path} ({model.family.name}), {size.base:,} "
         f"parameters",

@@ -149,6 +149,7 @@ class Model:
         objective: What the denoiser predicts.
         device: Where the denoiser is.
         base: Digest of the denoiser before it was adapted.
+        sizes: Layers and parameters, counted while every process had all of them.
     """
 
     family: Family
@@ -157,6 +158,7 @@ class Model:
     objective: DiffusionObjective
     device: torch.device
     base: str
+    sizes: "Sizes"
 
     @property
     def denoiser(self) -> nn.Module:
@@ -185,6 +187,7 @@ def build_model(
     family, pipe = load_base(config)
     base = base_digest(getattr(pipe, family.denoiser))
     components = add_adapters(config, family, pipe)
+    counted = sizes(components)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module) and (parallel is None or name not in components):
             part.to(device)
@@ -194,7 +197,8 @@ def build_model(
         model.train()
         if config.gradient_checkpointing:
             next(getattr(model, way) for way in _CHECKPOINTING if hasattr(model, way))()
-    return Model(family, pipe, components, family.objective(pipe, device), device, base)
+    objective = family.objective(pipe, device)
+    return Model(family, pipe, components, objective, device, base, counted)
 
 
 def add_adapters(config: TrainConfig, family: Family, pipe: Any) -> dict[str, nn.Module]:

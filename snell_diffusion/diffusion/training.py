@@ -26,7 +26,7 @@ from snell_diffusion.diffusion.prior import complete_images, given_images
 from snell_diffusion.diffusion.results import RunResult, save_result, write_card
 from snell_diffusion.diffusion.run_folder import RunFolder, identity, require_same
 from snell_diffusion.diffusion.sampling import Sampler, rest
-from snell_diffusion.diffusion.setup import build_model, sizes
+from snell_diffusion.diffusion.setup import build_model
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.adapter_tensors import (
     adapters_off,
@@ -169,7 +169,7 @@ class Trainer:
     def _prepare(self) -> None:
         """Class images, caches, and what the user sees before the first step."""
         config, model = self._config, self._model
-        size = sizes(model.components)
+        size = model.sizes
         self._tracker.event(
             "start",
             step=self._state.step,
@@ -317,7 +317,7 @@ class Trainer:
             history=self._tracker.history,
             seconds=time.monotonic() - self._began,
             peak_memory=peak_memory(self._model.device),
-            sizes=sizes(components),
+            sizes=self._model.sizes,
         )
         if main:
             write_card(self._config, result, self._feedback.draw_pictures())
