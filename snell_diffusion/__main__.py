@@ -86,13 +86,12 @@ def _file(source: str) -> Path:
 
 
 def _info_foreign(path: Path, refused: SnellaError) -> int:
-    from snell_diffusion.adapters.foreign import describe_foreign, sniff
+    from snell_diffusion.adapters.foreign import describe_foreign
 
     try:
         text = describe_foreign(path)
     except SnellaError:
-        kind = sniff(path)
-        raise type(refused)(f"{refused}\n  it looks like {kind}" if kind else refused) from None
+        raise refused from None
     if text is None:
         raise refused
     say(text)

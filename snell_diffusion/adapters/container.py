@@ -32,6 +32,7 @@ from snell_diffusion.adapters.limits import (
     MAX_HEADER_VALUES,
     MAX_TENSORS,
 )
+from snell_diffusion.adapters.signatures import looks_like
 from snell_diffusion.adapters.version0 import is_version0
 from snell_diffusion.errors import SnellaFileError, printable, quoted
 
@@ -122,7 +123,7 @@ def read_head(stream: BinaryIO, size: int, source: str) -> Head:
     if length > MAX_HEADER_BYTES:
         raise SnellaFileError(
             f"{source}: expected a safetensors header of at most {MAX_HEADER_BYTES:,} bytes, the "
-            f"first 8 bytes ({quoted(prefix)}) announce {length:,}; {_NOT_OURS}"
+            f"first 8 bytes announce {length:,}; {_seems(prefix + stream.read(24))}"
         )
     if 8 + length > size:
         raise SnellaFileError(
@@ -162,17 +163,37 @@ def read_tensors(stream: BinaryIO, head: Head, source: str) -> dict[str, Tensor]
     return tensors
 
 
+def _fault(error: Exception) -> str:
+    """What is wrong with JSON, in words that do not change with Python's version."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"something else at character {error.pos}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"bytes that are not UTF-8 at byte {error.start}"
+    if isinstance(error, RecursionError):
+        return "values nested too deeply"
+    return str(error) if isinstance(error, _Refused) else "a number of thousands of digits"
+
+
+class _Refused(ValueError):
+    """JSON that is legal and not allowed here."""
+
+
+def _seems(start: bytes) -> str:
+    what = looks_like(start)
+    return f"it looks like {what}: choose a SNELLA adapter" if what else _NOT_OURS
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for key, value in pairs:
         if key in table:
-            raise ValueError(f"key {quoted(key)} occurs twice")
+            raise _Refused(f"key {quoted(key, 200)} occurs twice")
         table[key] = value
     return table
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not allowed")
+    raise _Refused(f"{name} is not allowed")
 
 
 def _parse_json(raw: bytes, source: str, values: int) -> dict[str, Any]:
@@ -187,7 +208,7 @@ def _parse_json(raw: bytes, source: str, values: int) -> dict[str, Any]:
         )
     except (ValueError, RecursionError) as error:
         raise SnellaFileError(
-            f"{source}: the header is not valid JSON ({printable(str(error))[:200]}); {FETCH}"
+            f"{source}: expected a header of valid JSON, got {_fault(error)}; {FETCH}"
         ) from error
     if not isinstance(table, dict):
         raise SnellaFileError(

@@ -17,11 +17,12 @@ __all__ = ["join_doubles", "split_doubles"]
 PARTS = 3
 
 
-def split_doubles(numbers: Tensor, place: str) -> Tensor:
+def split_doubles(numbers: Tensor, place: str, hint: str = "choose another value") -> Tensor:
     """float64 [...] to float32 [..., 3], high part first.
 
     Args:
         place: What the numbers are, for messages.
+        hint: What an error tells to do next.
 
     Raises:
         SnellaValueError: A number with no such parts: not finite, above 3.4e38, or, unless it is
@@ -35,7 +36,7 @@ def split_doubles(numbers: Tensor, place: str) -> Tensor:
     if not bool((rest == 0).all()):
         raise SnellaValueError(
             f"{place}: expected 0 or numbers of magnitude 1e-28 to 3e38, got "
-            f"{quoted(numbers.tolist())}; files hold no others: choose another value"
+            f"{quoted(numbers.tolist())}; files hold no others: {hint}"
         )
     return torch.stack(parts, dim=-1)
 

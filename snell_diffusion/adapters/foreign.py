@@ -11,7 +11,7 @@ from snell_diffusion.adapters.limits import MAX_HEADER_BYTES
 from snell_diffusion.adapters.schema import HEADER_KEY
 from snell_diffusion.errors import SnellaFileError, printable, shown
 
-__all__ = ["describe_foreign", "sniff"]
+__all__ = ["describe_foreign"]
 
 LOAD_LORA = "load it with pipe.load_lora_weights(file)"
 
@@ -44,17 +44,6 @@ _KINDS = (
     ),
 )
 
-_STARTS = (
-    (b"PK\x03\x04", "a zip archive, perhaps PyTorch weights (a pickle, which can run code)"),
-    (b"\x80", "a Python pickle, which can run code when it is opened"),
-    (b"version https://git-lfs", "a pointer of Git LFS: the file itself was not downloaded"),
-    (b"<", "HTML or XML, perhaps an error page saved under this name"),
-    (b"\x89PNG", "a PNG picture"),
-    (b"\xff\xd8\xff", "a JPEG picture"),
-    (b"GGUF", "a GGUF model"),
-    (b"{", "JSON text"),
-)
-
 
 def describe_foreign(path: str | os.PathLike[str]) -> str | None:
     """A few lines about a safetensors file of another program; None for a SNELLA adapter.
@@ -78,18 +67,6 @@ def describe_foreign(path: str | os.PathLike[str]) -> str | None:
         f"tensors   {len(table)}: {shown(table, 4)}",
     ]
     return "\n".join([*lines, *_export_lines(metadata.get(EXPORT_KEY))])
-
-
-def sniff(path: str | os.PathLike[str]) -> str:
-    """What the first bytes of a file look like; "" if they tell nothing.
-
-    Raises:
-        SnellaFileError: It cannot be opened, or is no regular file.
-    """
-    stream, _ = open_regular(Path(path))
-    with stream:
-        start = stream.read(32)
-    return next((what for magic, what in _STARTS if start.lstrip().startswith(magic)), "")
 
 
 def _header(path: Path, source: str) -> dict[str, object]:

@@ -112,8 +112,7 @@ def load_adapter(
     check_free(components, adapter_name)
     parts = {name: components[name] for name in file.header.components}
     matches = {
-        name: _check_base(model, file.header.components[name], name, file.source, allow_other_base)
-        for name, model in parts.items()
+        name: _check_base(model, name, file, allow_other_base) for name, model in parts.items()
     }
     shadows = {name: _rehearse(model, name, file, adapter_name) for name, model in parts.items()}
     largest = max(
@@ -174,10 +173,9 @@ def _trained_on(part: Component) -> str:
     return f"{len(part.layers)} layers of a {printable(part.base.model) if part.base else 'model'}"
 
 
-def _check_base(
-    model: nn.Module, part: Component, component: str, source: str, allow_other: bool
-) -> bool:
+def _check_base(model: nn.Module, component: str, file: AdapterFile, allow_other: bool) -> bool:
     """Whether the base is the one the adapter was trained on; raises if not and not allowed."""
+    part, named = file.header.components[component], file.header.origin.source
     if part.base is None:
         return False
     base = unwrapped(model)
@@ -194,10 +192,12 @@ def _check_base(
         f"{part.base.config_hash[:12]}...: it was trained on a {came} with other settings"
     )
     hint = (
-        _misfits(model, part) or "all its layers fit; allow_other_base=True loads it all the same"
+        _misfits(model, part)
+        or "all its layers fit: load the base it was trained on, or pass allow_other_base=True"
     )
     raise SnellaBaseError(
-        f"{source}: header field 'components.{component}.base.{field}': {what}; {hint}"
+        f"{file.source}: header field 'components.{component}.base.{field}': {what}; {hint}"
+        + (f" (the file names {quoted(named)})" if named else "")
     )
 
 
@@ -227,7 +227,7 @@ def _rehearse(model: nn.Module, component: str, file: AdapterFile, adapter_name:
     """One component's adapter on a skeleton of the model, every name and shape checked."""
     part = file.header.components[component]
     linears = _check_modules(model, component, part, file.source)
-    config = config_from(part, file.source)
+    config = config_from(part, f"{file.source}: header field 'components.{component}")
     leaves = {path: stand_in(linear, has_plain_weight(linear)) for path, linear in linears.items()}
     shadow = skeleton(leaves)
     inject(shadow, config, part.layers, adapter_name)
@@ -353,7 +353,7 @@ def _commit(
     try:
         for component, model in parts.items():
             part = file.header.components[component]
-            inject(model, config_from(part, file.source), part.layers, adapter_name)
+            inject(model, config_from(part, component), part.layers, adapter_name)
             for path, layer in delta_layers(model, adapter_name):
                 fill(layer, adapter_name, file.by_layer[f"{component}.{path}"])
         for model in components.values():

@@ -133,6 +133,7 @@ def _from_stream(stream: BinaryIO, size: int, source: str) -> AdapterFile:
             f"{source}: field {DIGEST_KEY!r}: expected {quoted(expected[:23])}..., the content has "
             f"{came[:23]}...: header or tensors were changed after they were written; {FETCH}"
         )
+    _check_finite(tensors, source)
     tensors = migrated(tensors, source)
     _check_values(header, tensors, source)
     return AdapterFile(header, tensors, source, came)
@@ -161,6 +162,7 @@ def _from_state_dict(state: Mapping[str, Any], source: str) -> AdapterFile:
                 f"data, got {tensor.dtype} on {tensor.device}; convert it or load it to a device"
             )
     copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    _check_finite(copies, source)
     copies = migrated(copies, source)
     if text is None:
         data = bare_header(copies, source)
@@ -197,13 +199,13 @@ def _check_tensor_names(header: Header, names: Mapping[str, Any], source: str) -
     if strangers:
         raise SnellaKeyError(
             f"{source}: expected only tensors of the layers in its table, got "
-            f"{shown(map(_name, strangers))}; an adapter can set nothing else: {AGAIN}"
+            f"{shown(map(_name, strangers))}, and an adapter can set nothing else; {AGAIN}"
         )
     empty = (set(prefixes) - seen) | (methods - set(names))
     if empty:
         raise SnellaKeyError(
             f"{source}: expected tensors for every layer in its table, got none for "
-            f"{shown(empty)}; the file is incomplete: {AGAIN}"
+            f"{shown(empty)}; the file is incomplete: get it again from its author"
         )
 
 
@@ -233,14 +235,19 @@ def _check_shapes(header: Header, shapes: Mapping[str, tuple[int, ...]], source:
             )
 
 
-def _check_values(header: Header, tensors: Mapping[str, Tensor], source: str) -> None:
+def _check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     for name, tensor in tensors.items():
         bad = _count_not_finite(tensor)
         if bad:
             raise SnellaValueError(
-                f"{source}: tensor {name!r}: expected finite numbers, got {bad:,} NaN or infinite "
-                f"ones of {tensor.numel():,}; use another checkpoint of this adapter"
+                f"{source}: tensor {quoted(name, 200)}: expected finite numbers, got {bad:,} "
+                f"NaN or infinite ones of {tensor.numel():,}; use another checkpoint of this "
+                "adapter"
             )
+
+
+def _check_values(header: Header, tensors: Mapping[str, Tensor], source: str) -> None:
+    """What tensors and header both tell must agree."""
     for component, part in header.components.items():
         _check_method(component, part, tensors[f"{component}.{part.method}_method"], source)
         for path, layer in part.layers.items():

@@ -279,6 +279,8 @@ def _schema_error(fault: Any, source: str, hint: str) -> SnellaSchemaError:
     expected = _EXPECTED.get(fault["type"])
     text = expected.format(**fault.get("ctx", {})) if expected else fault["msg"]
     came = "nothing" if fault["type"] == "missing" else quoted(fault["input"])
+    length = fault.get("ctx", {}).get("actual_length")
+    came = came if length is None else str(length)
     return SnellaSchemaError(
         f"{source}: header field {quoted(field, 300)}: {text}, got {came}; {hint}"
     )
@@ -297,7 +299,7 @@ def _check_names(header: Header, source: str, hint: str) -> None:
         if name in limits.NEVER_ADAPTED:
             raise SnellaSchemaError(
                 f"{source}: header field 'components': expected parts that make pictures, got "
-                f"{name!r}, which no adapter may change; {hint}"
+                f"{name!r}, which no adapter may change; leave it out, or choose another file"
             )
     for name in header.metadata:
         _match(limits.FIELD_NAME, name, "metadata", source, hint)

@@ -158,8 +158,11 @@ def config_row(config: Any) -> dict[str, Any]:
     return row
 
 
-def config_from(component: Component, source: str) -> Any:
+def config_from(component: Component, place: str) -> Any:
     """The PEFT config of a component of a file, with the literal layer names as its targets.
+
+    Args:
+        place: File and header field of the component, for messages.
 
     Raises:
         SnellaConfigError: The method or one of its settings is unknown, mistyped or out of range.
@@ -170,15 +173,15 @@ def config_from(component: Component, source: str) -> Any:
     if method is None:
         known = shown(name.lower() for name in METHODS)
         raise SnellaConfigError(
-            f"{source}: header field 'method': expected one of {known}, got "
+            f"{place}.method': expected one of {known}, got "
             f"{quoted(component.method)}; upgrade snell_diffusion"
         )
     known_fields = {field.name for field in dataclasses.fields(method.config)} - _NOT_SAVED
     unknown = set(component.config) - known_fields
     if unknown:
         raise SnellaConfigError(
-            f"{source}: header field 'config': expected settings of method {component.method!r} "
-            f"({shown(known_fields, 40)}), got {shown(map(quoted, unknown))}; upgrade "
+            f"{place}.config': expected settings of method {component.method!r}, got "
+            f"{shown(map(quoted, unknown))} (known: {shown(known_fields, 40)}); upgrade "
             "snell_diffusion, or have the file saved without them"
         )
     try:
@@ -187,6 +190,6 @@ def config_from(component: Component, source: str) -> Any:
         )
     except (TypeError, ValueError) as error:
         raise SnellaConfigError(
-            f"{source}: header field 'config': {error}; the file is damaged or was not written by "
+            f"{place}.config': {error}; the file is damaged or was not written by "
             f"snell_diffusion: {FETCH}"
         ) from error

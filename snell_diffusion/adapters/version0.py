@@ -33,7 +33,12 @@ def migrated(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     old = [name for name, tensor in tensors.items() if tensor.dtype == torch.float64]
     if not old:
         return dict(tensors)
-    parts = {name: split_doubles(tensors[name], f"{source}: tensor {name!r}") for name in old}
+    parts = {
+        name: split_doubles(
+            tensors[name], f"{source}: tensor {name!r}", "use another checkpoint of this adapter"
+        )
+        for name in old
+    }
     warnings.warn(
         f"{source}: written by a development version of snell_diffusion ({len(old)} F64 tensors); "
         "it was read exactly, but save it again: later versions may not read it",

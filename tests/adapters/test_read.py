@@ -160,7 +160,7 @@ def test_a_file_can_set_nothing_outside_its_layer_table(name: str, adapter_bytes
         tensors[name] = torch.zeros(2)
 
     with pytest.raises(
-        SnellaKeyError, match=rf"only tensors of the layers in its table, got {name};"
+        SnellaKeyError, match=rf"only tensors of the layers in its table, got {name}, and"
     ):
         read_adapter(rebuilt(adapter_bytes, tensors=apply))
 
