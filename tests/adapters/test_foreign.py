@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from snell_diffusion.adapters.foreign import describe_foreign, sniff
+from snell_diffusion.adapters.foreign import describe_foreign
+from snell_diffusion.adapters.signatures import looks_like
 from snell_diffusion.errors import SnellaError
 
 FILES = {
@@ -79,7 +80,7 @@ def test_what_is_no_safetensors_file_is_told_by_its_start(
 ) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(start)
-    assert what in sniff(path)
-    assert bool(sniff(path)) == bool(what)
+    assert what in looks_like(start)
+    assert bool(looks_like(start)) == bool(what)
     with pytest.raises(SnellaError):
         describe_foreign(path)
