@@ -98,10 +98,12 @@ def adapter_file_bytes(
 
 
 def state_with_header(
-    components: Components, adapter_name: str = "default"
+    components: Components,
+    adapter_name: str = "default",
+    metadata: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor | str]:
     """One adapter as a state dict that `read_adapter` takes, its header under `snella.header`."""
-    header, tensors = describe(components, adapter_name)
+    header, tensors = describe(components, adapter_name, metadata)
     return {**tensors, HEADER_KEY: header.to_json()}
 
 

@@ -13,6 +13,8 @@ from snell_diffusion.tuners import delta_layers
 Weight = float | Mapping[str, float] | None
 """One strength for every component, one by component, or None for 1."""
 
+_NOTES = "snella_file_metadata"
+
 
 def models_of(pipe: Any) -> dict[str, nn.Module]:
     """The models of a pipeline by component."""
@@ -81,6 +83,22 @@ def require_loaded(models: Mapping[str, nn.Module]) -> None:
     """Refuse a pipeline without any adapter."""
     if not adapter_names(models):
         raise SnellaKeyError("no SNELLA adapter is loaded: call load_snella_weights first")
+
+
+def keep_notes(models: Mapping[str, nn.Module], name: str, notes: Mapping[str, Any]) -> None:
+    """Let a file's metadata stay with its adapter, until it is unloaded or saved again."""
+    for model in models.values():
+        for _, layer in delta_layers(model, name):
+            # On the config, because that is copied and removed with the adapter.
+            vars(layer.configs[name])[_NOTES] = dict(notes)
+
+
+def kept_notes(models: Mapping[str, nn.Module], name: str) -> dict[str, Any]:
+    """The metadata of the file an adapter came from; empty if it came from none."""
+    for model in models.values():
+        for _, layer in delta_layers(model, name):
+            return dict(vars(layer.configs[name]).get(_NOTES, {}))
+    return {}
 
 
 def fused_names(models: Mapping[str, nn.Module]) -> list[str]:

@@ -32,6 +32,8 @@ from snell_diffusion.diffusion.loaded import (
     chosen_components,
     free_name,
     fused_names,
+    keep_notes,
+    kept_notes,
     models_of,
     one_name,
     require_loaded,
@@ -43,7 +45,7 @@ from snell_diffusion.diffusion.sources import cache_label, locate
 from snell_diffusion.errors import SnellaKeyError, SnellaValueError, shown
 from snell_diffusion.tuners import delta_layers
 from snell_diffusion.tuners.base import warn_about_merge_error
-from snell_diffusion.tuners.qkv_guard import is_fused
+from snell_diffusion.tuners.qkv_guard import guard_saving, is_fused
 
 __all__ = [
     "delete_snella_adapters",
@@ -116,6 +118,9 @@ def load_snella_weights(
     with processors_off(*models.values()):
         name = adapter_name if adapter_name is not None else free_name(models)
         report = load_adapter(models, file, name, allow_other_base, max_relative_update)
+        keep_notes(models, name, file.header.metadata)
+        for component in report.layers:
+            guard_saving(models[component])
         # Layers that were there stay off after disable_snella, new ones start on.
         _switch_layers(models, True)
         return report
@@ -135,7 +140,8 @@ def save_snella_weights(
         save_directory: A folder, or a `.safetensors` file.
         adapter_name: Default: the only one there is.
         weight_name: File name in the folder.
-        metadata: Numbers and texts for the header, e.g. {"instance_prompt": "a sks cat"}.
+        metadata: Numbers and texts for the header, e.g. {"instance_prompt": "a sks cat"}; default
+            those of the file the adapter was loaded from.
         dtype: Storage of the factors: float32 (default), float16 or bfloat16.
 
     Returns:
@@ -149,7 +155,8 @@ def save_snella_weights(
     with processors_off(*models.values()):
         name = one_name(models, adapter_name)
         target = Path(save_directory) / weight_name if weight_name else save_directory
-        return save_adapter(target, models, name, metadata, _origin(pipe), dtype)
+        notes = kept_notes(models, name) if metadata is None else metadata
+        return save_adapter(target, models, name, notes, _origin(pipe), dtype)
 
 
 def snella_state_dict(pipe: Any, adapter_name: str | None = None) -> dict[str, Tensor | str]:
@@ -160,7 +167,8 @@ def snella_state_dict(pipe: Any, adapter_name: str | None = None) -> dict[str, T
     """
     models = models_of(pipe)
     with processors_off(*models.values()):
-        return state_with_header(models, one_name(models, adapter_name))
+        name = one_name(models, adapter_name)
+        return state_with_header(models, name, kept_notes(models, name))
 
 
 def unload_snella_weights(pipe: Any, adapter_name: str | None = None) -> None:

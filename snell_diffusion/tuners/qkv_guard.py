@@ -18,7 +18,7 @@ from snell_diffusion.errors import SnellaValueError, shown
 from snell_diffusion.tuners.layer import DeltaLayer
 from snell_diffusion.tuners.traverse import delta_layers
 
-__all__ = ["FusionGuard", "SaveGuard", "is_fused", "protect", "release"]
+__all__ = ["FusionGuard", "SaveGuard", "guard_saving", "is_fused", "protect", "release"]
 
 GUARDED = ("fuse_qkv_projections", "fuse_projections")
 
@@ -70,15 +70,24 @@ class SaveGuard:
 def protect(model: nn.Module) -> None:
     """Guard a model's saving and fusion, and the fusion of attentions that hold a delta layer."""
     # transformers' own save_pretrained knows adapters and writes those alone.
-    kind = type(model)
-    if hasattr(kind, "save_pretrained") and not hasattr(kind, "get_adapter_state_dict"):
-        vars(model).setdefault("save_pretrained", SaveGuard(model))
+    if not hasattr(type(model), "get_adapter_state_dict"):
+        guard_saving(model)
     for module in model.modules():
         if module is not model and not _holds_delta(module):
             continue
         for name in GUARDED:
             if callable(getattr(type(module), name, None)) and name not in vars(module):
                 setattr(module, name, FusionGuard(module, name))
+
+
+def guard_saving(model: nn.Module) -> None:
+    """Refuse a model's `save_pretrained`, if it has one, while a delta layer is there.
+
+    Right for every model of a pipeline: a text encoder that is saved as its adapter alone makes the
+    pipeline's folder unreadable.
+    """
+    if hasattr(type(model), "save_pretrained"):
+        vars(model).setdefault("save_pretrained", SaveGuard(model))
 
 
 def release(model: nn.Module) -> None:

@@ -511,7 +511,7 @@ def test_a_refused_load_leaves_the_pipeline_alone(
         ({}, "x", SnellaKeyError, "among nothing"),
         (cat, "cat", SnellaKeyError, "'cat' is already in use"),
         (cat, "a.b", SnellaValueError, "expected 1 to 64 letters"),
-        (_bare(cat) | {"unet.snella_method": torch.zeros(2)}, "x", SnellaSchemaError, "4 numbers"),
+        (_bare(cat) | {"unet.snella_method": torch.zeros(2)}, "x", SnellaSchemaError, "4, 3"),
     ]:
         with pytest.raises(error, match=message):
             pipe.load_snella_weights(source, name)
