@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,6 +157,12 @@ def train(settings: TrainConfig, install: Install = no_fault, **options: Any) ->
     return wait(start(trainer(settings, install, **options), log), log)
 
 
+def run_script(settings: TrainConfig, install: Install = no_fault) -> Outcome:
+    """One run in a child by the script, to its end."""
+    log = log_of(settings)
+    return wait(start(script(settings, install), log), log)
+
+
 def train_to_the_end(settings: TrainConfig, **options: Any) -> Path:
     """One undisturbed run in a child; its folder."""
     assert_finished(train(settings, **options))
@@ -251,9 +257,3 @@ def flip_bit(path: Path, place: float) -> None:
     data = bytearray(path.read_bytes())
     data[int(place * (len(data) - 1))] ^= 1
     path.write_bytes(data)
-
-
-def swap_files(files: Sequence[Path], source: Path) -> None:
-    """Replace files by those of the same name in another folder."""
-    for file in files:
-        shutil.copyfile(source / file.name, file)
