@@ -43,7 +43,8 @@ class BaseModel:
     mixed_precision: Literal["no", "bf16", "fp16"] = _help(
         "no",
         "Precision of the frozen base and of its activations; trained tensors stay float32. "
-        "fp16 needs a GPU.",
+        "fp16 needs a GPU; a step whose gradients overflow in it is skipped: it counts, but "
+        "weights, average, allocation and learning rate stay as they are.",
     )
     gradient_checkpointing: bool = _help(
         False, "Recompute activations in the backward pass: less memory, about 30 % more time."

@@ -50,7 +50,7 @@ def find_photos(
             of them named).
     """
     folder = Path(folder)
-    files = _files(folder)
+    files = list_files(folder)
     candidates = [p for p in files if p.suffix.lower() in SUFFIXES]
     if most is not None and len(candidates) > most:
         raise SnellaConfigError(
@@ -75,7 +75,12 @@ def find_photos(
     return photos
 
 
-def _files(folder: Path) -> list[Path]:
+def list_files(folder: Path) -> list[Path]:
+    """Visible files of a folder, sorted by name.
+
+    Raises:
+        SnellaConfigError: No such folder, or it cannot be listed.
+    """
     if not folder.is_dir():
         raise SnellaConfigError(f"photo folder '{folder}' does not exist or is not a folder")
     try:

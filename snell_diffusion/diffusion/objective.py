@@ -117,7 +117,7 @@ def _text_table(config: TrainConfig, model: Model, prompts: Sequence[str]) -> Te
 
 def _require_sound(latents: Sequence[Latents], text: TextTable, parallel: Parallel) -> None:
     require_sound(
-        [problem for some in latents for problem in some.problems],
+        list(dict.fromkeys(problem for some in latents for problem in some.problems)),
         "before step 1: the VAE's latents are NaN or infinite for",
         "Take these photos out; if it is all of them, the base's VAE is damaged",
         parallel,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from snell_diffusion.diffusion.config import TrainConfig
-from snell_diffusion.diffusion.data import SUFFIXES, Photo, find_photos
+from snell_diffusion.diffusion.data import SUFFIXES, Photo, find_photos, list_files
 from snell_diffusion.diffusion.sampling import Sampler
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.files import write_json, write_with
@@ -16,7 +16,7 @@ RECIPE = "generated.json"
 
 def given_images(folder: Path, prompt: str) -> list[Photo]:
     """Check the class images that are there already; none is fine."""
-    if not folder.is_dir() or not any(p.suffix.lower() in SUFFIXES for p in folder.iterdir()):
+    if not folder.is_dir() or not any(p.suffix.lower() in SUFFIXES for p in list_files(folder)):
         return []
     return find_photos(folder, prompt, use_captions=False, most=None)
 

@@ -17,7 +17,9 @@ from snell_diffusion.training.finite import (
     require_sound,
     total_norm,
 )
+from snell_diffusion.training.loop import LoopSettings, TrainState, train
 from snell_diffusion.training.parallel import Parallel, Replicated
+from snell_diffusion.training.signals import StopRequest
 from tests.training.models import adapted
 
 
@@ -75,12 +77,32 @@ def two_processes() -> None:
     assert found_anywhere(["both"], parallel) == ["both"]
     mine = ["both", f"only {parallel.rank}"] if parallel.rank else ["both"]
     assert found_anywhere(mine, parallel) == ["both", "only 1 (process 1)"]
-    try:
+    with pytest.raises(NonFiniteError, match=r"^bad: photo 'a' \(process 1\)\. Do this$"):
         require_sound(["photo 'a'"] if parallel.rank else [], "bad", "Do this", parallel)
-    except NonFiniteError as error:
-        assert str(error) == "bad: photo 'a' (process 1). Do this"
-    else:
-        raise AssertionError("one process went on")
+
+    one_process_is_spoilt(parallel)
+
+
+def one_process_is_spoilt(parallel: Parallel) -> None:
+    """A weight of process 1 alone is NaN: both stop, neither moves."""
+    model = adapted("lora")
+    parameters = [p for p in model["net"].parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    state = TrainState(model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0, 1))
+    if parallel.rank:
+        parameters[0].data[0, 0] = math.nan
+    before = [p.detach().clone() for p in parameters]
+
+    def loss_at(step: int, micro: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return parameters[1].square().mean(), {}
+
+    with pytest.raises(
+        NonFiniteError,
+        match=r"before step 1, .*first\.lora_A\.default\.weight \(process 1\); the s",
+    ):
+        train(state, loss_at, LoopSettings(0, 2), parallel, print, StopRequest())
+    for now, then in zip(parameters, before, strict=True):
+        assert torch.equal(now.nan_to_num(7.0), then.nan_to_num(7.0))
 
 
 def test_processes_agree() -> None:
