@@ -119,6 +119,7 @@ class Trainer:
             "settings, photos, base or checkpoint of the run",
         )
         self._resumed = checkpoint is not None
+        self._saved: int | None = None
         self._class_digest = checkpoint.state["class_images"] if checkpoint else None
         self._sampler = Sampler(
             self._model,
@@ -289,10 +290,14 @@ class Trainer:
             self._folder.checkpoints.save(step, tensors, state)
             self._tracker.event("checkpoint", step=step)
         self._parallel.wait()
+        self._saved = step
         return self._folder.checkpoints.path(step)
 
     def _keep_last_good(self) -> str:
         """Save the state before a failed step, if it is sound; say what is kept."""
+        if self._saved == self._state.step:
+            # The levels are those of the failed step by now.
+            return f"The last good state is kept in {self._folder.checkpoints.path(self._saved)}"
         try:
             return f"The last good state is kept in {self._save_checkpoint()}"
         except NonFiniteError:

@@ -57,6 +57,8 @@ def launch_arguments(words: Sequence[str]) -> list[str] | None:
     for place, word in enumerate(words[:4]):
         skipped = _SCRIPTS.get(Path(word).name)
         if skipped is None:
+            if place and not word.startswith("-"):
+                return None
             continue
         if skipped and words[place + 1 : place + 2] != ["launch"]:
             return None
