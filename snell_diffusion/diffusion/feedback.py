@@ -8,6 +8,7 @@ from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.sampling import Sampler
 from snell_diffusion.diffusion.validation import Probe
 from snell_diffusion.training.adapter_tensors import evaluating, trainable_parameters
+from snell_diffusion.training.errors import OutputError
 from snell_diffusion.training.files import write_with
 from snell_diffusion.training.finite import require_finite_weights
 from snell_diffusion.training.loop import TrainState
@@ -164,8 +165,10 @@ class RunFeedback:
         rows = [pictures[i * len(prompts) : (i + 1) * len(prompts)] for i in range(count)]
         grid = sheet(rows, [f"step {step:06d}"] * count, prompts, self._side)
         path = self._folder / "samples" / f"step-{step:06d}.png"
-        path.parent.mkdir(exist_ok=True)
-        write_with(path, grid.save, durable=False)
+        try:
+            write_with(path, grid.save, durable=False)
+        except OutputError as error:
+            self._tracker.note(f"the samples of step {step} were not kept: {error}")
 
     @property
     def _side(self) -> int:
