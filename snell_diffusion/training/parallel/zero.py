@@ -91,6 +91,8 @@ class Zero(Parallel):
         )
         if self.settings.stage == 3:
             _keep_whole(adapter_parameters(components))
+            for model in components.values():
+                _find_borrowed_weights(model)
         return ZeroOptimizer(groups, optimizer.defaults, self._engine)
 
     def backward(self, loss: Tensor) -> None:
@@ -132,6 +134,21 @@ def _keep_whole(parameters: Sequence[nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.is_external_param = True  # DeepSpeed's mark for "not dropped after a call"
     parameters[0].all_gather(parameters)
+
+
+def _find_borrowed_weights(model: nn.Module) -> None:
+    """While the model runs, a module that reads a weight of another one gets it gathered.
+
+    CLIP's embeddings ask their position table for its length, for example. DeepSpeed does this in
+    its engine's forward pass, but our models run outside of it, in pipelines too.
+    """
+
+    def switch(on: bool) -> None:
+        for module in model.modules():
+            module._parameters._in_forward = on  # type: ignore[attr-defined]
+
+    model.register_forward_pre_hook(lambda *_: switch(True))
+    model.register_forward_hook(lambda *_: switch(False), always_call=True)
 
 
 def import_deepspeed(device: torch.device) -> Any:

@@ -58,9 +58,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         engine: The engine, over the same parameters in the same groups.
     """
 
-    def __init__(
-        self, groups: list[dict[str, Any]], defaults: dict[str, Any], engine: Any
-    ) -> None:
+    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any], engine: Any) -> None:
         super().__init__(groups, defaults)
         self._engine = engine
         self._stage3 = engine.zero_optimization_stage() == 3
