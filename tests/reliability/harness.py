@@ -138,15 +138,13 @@ def trainer(settings: TrainConfig, install: Install = no_fault, pictures: bool =
     return work
 
 
-def script(settings: TrainConfig, install: Install = no_fault) -> Work:
-    """The same through the script, with its exit codes."""
-    path = log_of(settings).with_suffix(".yaml")
-    path.write_text(config_text(settings), "utf-8")
+def script(arguments: Path, install: Install = no_fault) -> Work:
+    """The same through the script, with its exit codes; `arguments` is a YAML file."""
 
     def work() -> int:
         RunFeedback.draw_pictures = lambda self: []  # type: ignore[method-assign]
         install()
-        return train_dreambooth_snella.main(["--config", str(path)])
+        return train_dreambooth_snella.main(["--config", str(arguments)])
 
     return work
 
@@ -157,10 +155,14 @@ def train(settings: TrainConfig, install: Install = no_fault, **options: Any) ->
     return wait(start(trainer(settings, install, **options), log), log)
 
 
-def run_script(settings: TrainConfig, install: Install = no_fault) -> Outcome:
-    """One run in a child by the script, to its end."""
-    log = log_of(settings)
-    return wait(start(script(settings, install), log), log)
+def run_script(
+    settings: TrainConfig, install: Install = no_fault, beside: Path | None = None
+) -> Outcome:
+    """One run in a child by the script, to its end; its own files lie beside a folder."""
+    place = beside or Path(settings.output_dir)
+    arguments, log = place.with_suffix(".yaml"), place.with_suffix(".out")
+    arguments.write_text(config_text(settings), "utf-8")
+    return wait(start(script(arguments, install), log), log)
 
 
 def train_to_the_end(settings: TrainConfig, **options: Any) -> Path:
