@@ -79,13 +79,22 @@ def load_base(config: TrainConfig) -> tuple[Family, Any]:
     return family, pipe
 
 
-def base_digest(model: nn.Module) -> str:
-    """SHA-256 over settings, names, shapes and 64 numbers of every weight of a base model."""
-    found = hashlib.sha256(config_hash(model).encode())
-    for name, weight in model.named_parameters():
-        found.update(f"{name} {tuple(weight.shape)}".encode())
-        some = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
-        found.update(some.float().cpu().numpy().tobytes())
+def base_digest(family: Family, pipe: Any) -> str:
+    """SHA-256 over what training uses of a base: noise schedule, settings and weights.
+
+    Of every weight 64 numbers count, with its name and shape.
+    """
+    names = (family.denoiser, *family.text_encoders, "vae")
+    found = hashlib.sha256(config_hash(pipe.scheduler).encode())
+    for name in names:
+        model = getattr(pipe, name, None)
+        if model is None:
+            continue
+        found.update(f"{name} {config_hash(model)}".encode())
+        for path, weight in model.named_parameters():
+            found.update(f"{path} {tuple(weight.shape)}".encode())
+            some = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
+            found.update(some.float().cpu().numpy().tobytes())
     return found.hexdigest()
 
 
@@ -148,7 +157,7 @@ class Model:
         components: Adapted models by name, denoiser first, in training mode.
         objective: What the denoiser predicts.
         device: Where the denoiser is.
-        base: Digest of the denoiser before it was adapted.
+        base: Digest of the base before it was adapted.
         sizes: Layers and parameters, counted while every process had all of them.
     """
 
@@ -185,7 +194,7 @@ def build_model(
         SnellaConfigError: No layer matches the targets, or the method refuses its settings.
     """
     family, pipe = load_base(config)
-    base = base_digest(getattr(pipe, family.denoiser))
+    base = base_digest(family, pipe)
     components = add_adapters(config, family, pipe)
     counted = sizes(components)
     for name, part in pipe.components.items():
