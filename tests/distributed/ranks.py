@@ -23,6 +23,7 @@ from torch import Tensor
 
 from snell_diffusion.diffusion import training
 from snell_diffusion.diffusion.config import TrainConfig
+from snell_diffusion.diffusion.config_files import config_text
 from snell_diffusion.training.adapter_tensors import adapter_tensors
 from snell_diffusion.training.parallel import Parallel
 from tests.diffusion.training_runs import config
@@ -153,7 +154,9 @@ def _reporting(place: Place, settings: TrainConfig, install: Install) -> Work:
         Parallel.require_equal = require_equal  # type: ignore[method-assign]
         install(place.rank)
 
-    run = script(settings, watch)
+    arguments = log_of(settings).with_suffix(".yaml")
+    arguments.write_text(config_text(settings), "utf-8")
+    run = script(arguments, watch)
 
     def work() -> int:
         code = run()

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
+from snell_diffusion.diffusion.run_folder import ADAPTER_FILES
 from tests.distributed.ranks import (
     adapter,
     events,
@@ -48,3 +50,14 @@ def test_two_processes_train_what_one_does(
     for mine, theirs in zip(events(one, "step"), events(two, "step"), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert mine["kept_share"] == theirs["kept_share"]
+
+
+def test_lora_is_trained_so_too(tiny_base: Path, tmp_path: Path) -> None:
+    runs = {}
+    for processes in (1, 2):
+        runs[processes] = ten_steps(
+            tiny_base, tmp_path / str(processes), train_batch_size=2 // processes, method="lora"
+        )
+        train_to_the_end(processes, runs[processes])
+    one, two = (Path(s.output_dir) / ADAPTER_FILES["lora"] for s in runs.values())
+    assert largest_difference(load_file(one), load_file(two)) <= 1e-6

@@ -50,6 +50,8 @@ def test_other_commands_are_not(line: str) -> None:
         ("--config_file cpu.yaml --num_processes 4", Launch(4, "", True)),
         ("--config_file fsdp2.yaml", Launch(2, "FSDP", False)),
         ("--config_file fsdp2.yaml --cpu", Launch(2, "FSDP", True)),
+        ("--config_file fsdp2.yaml --multi_gpu", Launch(2, "", False)),
+        ("--use_megatron_lm --num_processes 2", Launch(2, "Megatron-LM", False)),
         ("--config_file multi_node.yaml --machine_rank 1", Launch(8, "", False)),
     ],
 )
@@ -115,6 +117,14 @@ def test_a_mismatch_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices == [False]
 
 
+def test_a_strategy_that_is_not_ours_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = "asked for 2 x Megatron-LM, which this trainer does not run; it runs DDP, FSDP and"
+    with pytest.raises(SnellaConfigError, match=message):
+        topology.start(lambda cpu: Alone())  # type: ignore[arg-type, return-value]
+
+
 @pytest.mark.parametrize(
     "variables, message",
     [
@@ -127,6 +137,7 @@ def test_sharding_settings_that_cannot_be_followed_are_refused(
 ) -> None:
     from snell_diffusion.training.parallel.fsdp import ShardedBase
 
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SnellaConfigError, match=message):

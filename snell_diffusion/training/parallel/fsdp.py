@@ -38,6 +38,8 @@ class ShardedBase(Parallel):
 
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
+        # transformers would load weights on the first process alone; we shard a loaded model.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         if os.environ.get("FSDP_VERSION", "2") != "2":
             raise SnellaConfigError(
                 f"FSDP version {os.environ['FSDP_VERSION']} was asked for; this trainer shards "

@@ -25,13 +25,23 @@ _SCRIPTS = {
 """Names that a launcher goes by on a command line, and how many words follow before its options."""
 
 
+_STRATEGIES = {
+    "use_deepspeed": "DeepSpeed",
+    "use_fsdp": "FSDP",
+    "use_megatron_lm": "Megatron-LM",
+    "tpu": "TPU",
+    "multi_gpu": "",
+}
+_KINDS = {"DEEPSPEED": "DeepSpeed", "FSDP": "FSDP", "MEGATRON_LM": "Megatron-LM", "XLA": "TPU"}
+
+
 @dataclass(frozen=True)
 class Launch:
     """A request to accelerate.
 
     Attributes:
         processes: Over all machines; None where it is left to the launcher.
-        strategy: FSDP, DeepSpeed or empty.
+        strategy: What the processes shall do beyond DDP, for example FSDP; empty for nothing.
         cpu: Whether the processes shall compute on the CPU.
     """
 
@@ -70,12 +80,10 @@ def read_launch(arguments: Sequence[str], folder: Path) -> Launch:
     """Parse the arguments of `accelerate launch`, started in `folder`, with its config file."""
     given, _ = launch_command_parser().parse_known_args(list(arguments))
     defaults = _defaults(given, folder)
+    named = [name for name in _STRATEGIES if getattr(given, name)]
     kind = str(getattr(defaults, "distributed_type", "")).rpartition(".")[2]
-    strategy = ""
-    if given.use_deepspeed or kind == "DEEPSPEED":
-        strategy = "DeepSpeed"
-    elif given.use_fsdp or kind == "FSDP":
-        strategy = "FSDP"
+    # A strategy on the command line replaces that of the file.
+    strategy = _STRATEGIES[named[0]] if named else _KINDS.get(kind, "")
     processes = given.num_processes or getattr(defaults, "num_processes", None)
     cpu = given.cpu or bool(getattr(defaults, "use_cpu", False))
     return Launch(processes, strategy, cpu)

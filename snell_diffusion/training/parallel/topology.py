@@ -37,15 +37,21 @@ class Topology:
         return f"{self.processes} x {self.strategy}"
 
 
+_VARIABLES = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+
+
 def asked() -> Topology:
     """What the user asked for: by the arguments of `accelerate launch` and by the environment."""
     launch = find_launch() or Launch(None, "", False)
     processes = launch.processes or int(os.environ.get("WORLD_SIZE", "1"))
     strategy = launch.strategy
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        strategy = "DeepSpeed"
-    elif parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        strategy = "FSDP"
+    for variable, named in _VARIABLES.items():
+        if parse_flag_from_env(variable):
+            strategy = named
     cpu = launch.cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
     return Topology(processes, strategy or _plain(processes), cpu)
 
@@ -60,9 +66,11 @@ def start(make_accelerator: Callable[[bool], Accelerator]) -> Parallel:
         SnellaConfigError: Something else would run; says what was asked for and what came.
     """
     wanted = asked()
-    # accelerate must not take a strategy in hand that it would drop or apply to the adapters too,
-    # nor transformers load weights on the first process alone: we shard a loaded model.
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    if wanted.strategy not in _STRATEGIES:
+        raise SnellaConfigError(
+            f"asked for {wanted}, which this trainer does not run; it runs DDP, FSDP and DeepSpeed"
+        )
+    # accelerate must not take a strategy in hand that it would drop or apply to the adapters too.
     with patch_environment(ACCELERATE_USE_FSDP="false", ACCELERATE_USE_DEEPSPEED="false"):
         accelerator = make_accelerator(wanted.cpu)
     got = _started(accelerator, wanted)
