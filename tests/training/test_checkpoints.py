@@ -144,3 +144,58 @@ def test_same_step_again_replaces(tmp_path: Path) -> None:
     folder.save(4, TENSORS, {"name": "again"})
     assert folder.load(folder.path(4)).state == {"name": "again", "step": 4}
     assert [p.name for p in tmp_path.iterdir()] == ["step-000004"]
+
+
+def test_what_reads_back_damaged_is_not_published_and_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that says yes and stores something else: the older checkpoint stays."""
+    folder = CheckpointFolder(tmp_path, limit=1)
+    saved(folder, 1)
+    write = checkpoints._write
+
+    def lie(path: Path, data: bytes) -> tuple[int, str]:
+        done = write(path, data)
+        if path.name == "adapter.safetensors":
+            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        return done
+
+    monkeypatch.setattr(checkpoints, "_write", lie)
+    with pytest.raises(CheckpointError, match=r"adapter.safetensors is damaged: its SHA-256"):
+        folder.save(2, TENSORS, STATE)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_death_while_a_step_is_replaced_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    """Saving the only step again: between the two renames the old one is put back."""
+    folder, left = CheckpointFolder(tmp_path, limit=1), renames
+    folder.save(4, TENSORS, {"name": "old"})
+    rename = Path.rename
+
+    class Died(BaseException):
+        pass
+
+    def die(self: Path, target: Path) -> Path:
+        nonlocal left
+        left -= 1
+        done = rename(self, target)
+        if left == 0:
+            monkeypatch.undo()
+            # A process that dies cleans nothing up.
+            monkeypatch.setattr(checkpoints, "remove", lambda path: None)
+            raise Died
+        return done
+
+    monkeypatch.setattr(Path, "rename", die)
+    with pytest.raises(Died):
+        folder.save(4, TENSORS, {"name": "new"})
+    monkeypatch.undo()
+    folder.restore_replaced()
+    found = folder.latest(no_warning)
+    assert found is not None
+    assert found.state["name"] == ("old" if renames == 1 else "new")
+    folder.save(5, TENSORS, STATE)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000005"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from snell_diffusion.training.errors import OutputError
 from snell_diffusion.training.tracking import Tracker, cut_log, peak_memory, read_log
 
 NUMBERS = {"loss": 0.5, "lr": 1e-4, "memory": 2**30, "kept_share": 0.25}
@@ -74,3 +75,45 @@ def test_cut_log_drops_later_steps_and_a_broken_line(tmp_path: Path) -> None:
 
 def test_peak_memory_is_in_bytes() -> None:
     assert 50 * 2**20 < peak_memory(torch.device("cpu")) < 2**40
+
+
+def test_a_line_that_the_disk_refuses_names_the_log(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, 3)
+    tracker._log._file.close()
+    tracker._log._file = Path("/dev/full").open("wb", buffering=0)
+    with pytest.raises(OutputError, match=r"log.jsonl could not be written: No space left on dev"):
+        tracker.event("start", step=0)
+    tracker.close()
+
+
+def test_a_line_is_written_whole_by_a_disk_that_takes_parts(tmp_path: Path) -> None:
+    class Slow:
+        def write(self, data: memoryview) -> int:
+            return file.write(data[:7])
+
+        def close(self) -> None:
+            file.close()
+
+    tracker = Tracker(tmp_path, 3)
+    file = tracker._log._file
+    tracker._log._file = Slow()
+    tracker.event("note", message="x" * 100)
+    tracker.close()
+    assert read_log(tmp_path / "log.jsonl") == tracker.history
+
+
+def test_why_a_run_ended_is_not_hidden_by_a_full_disk(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, 3)
+    tracker.folder = Path("/proc/nowhere")
+    tracker.ended(OutputError("the first one"), "failed")
+    with pytest.raises(OutputError, match="/proc/nowhere/status.json could not be written"):
+        tracker.status("failed", force=True)
+    tracker.close()
+
+
+def test_cut_log_drops_what_is_no_event(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    good = b'{"event": "step", "step": 1}\n'
+    path.write_bytes(good + b'\xff\xfe\n7\n{"event": "st\n' + good.replace(b"1", b"9"))
+    cut_log(path, 3)
+    assert path.read_bytes() == good
