@@ -150,6 +150,8 @@ EVERYTHING: dict[str, Any] = {
     "sample_batch_size": 2,
     "validation_prompt": "a sks cat",
     "ema_decay": 0.9,
+    "cache_latents": False,
+    "dataloader_num_workers": 1,
 }
 
 
