@@ -114,6 +114,15 @@ def test_two_processes_train_what_one_does(
     assert all(again[name].equal(tensor) for name, tensor in whole.items())
     assert reports[1][0]["optimizer"] == reports[0][0]["optimizer"]
 
+    # What two processes under DeepSpeed saved in the middle, one process without it can continue.
+    alone = replace(
+        one.snella,
+        output_dir=str(tmp_path / "alone" / "run"),
+        resume_from_checkpoint=two.again.resume_from_checkpoint,
+    )
+    train_to_the_end(alone)
+    assert largest_difference(adapter(one.snella), adapter(alone)) <= 1e-6
+
     differences = {
         method: largest_difference(
             adapter(getattr(one, method)),

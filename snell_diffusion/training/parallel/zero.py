@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.adapter_tensors import adapter_tensors, trainable_parameters
 from snell_diffusion.training.parallel.base import Parallel
-from snell_diffusion.training.parallel.zero_config import read_settings
+from snell_diffusion.training.parallel.zero_config import read_settings, require_entrywise
 
 
 class Zero(Parallel):
@@ -78,10 +78,7 @@ class Zero(Parallel):
     def prepare(
         self, components: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
     ) -> torch.optim.Optimizer:
-        from snell_diffusion.training.parallel.zero_optimizer import (
-            ZeroOptimizer,
-            require_entrywise,
-        )
+        from snell_diffusion.training.parallel.zero_optimizer import ZeroOptimizer
 
         require_entrywise(optimizer)
         groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]

@@ -12,10 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from snell_diffusion.errors import SnellaConfigError
 
 STAGES = (1, 2, 3)
 _DEFAULT_STAGE = 2  # accelerate's
+
+ENTRYWISE = (
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.SGD,
+)
+"""Optimizers that treat every entry by itself, so that slices step as whole matrices would."""
 
 _TUNING = {
     "allgather_bucket_size",
@@ -104,6 +117,20 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> ZeroSettings:
         "gradient_accumulation_steps": None if steps == "1" else steps,
     }
     return _checked(given, "the accelerate config")
+
+
+def require_entrywise(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that gives another result on slices of matrices.
+
+    Raises:
+        SnellaConfigError: Names it and those that work.
+    """
+    if type(optimizer) not in ENTRYWISE:
+        known = ", ".join(cls.__name__ for cls in ENTRYWISE)
+        raise SnellaConfigError(
+            f"DeepSpeed: optimizer {type(optimizer).__name__} cannot be cut into slices; use one "
+            f"of {known}, or launch without DeepSpeed"
+        )
 
 
 _OFFLOAD = (

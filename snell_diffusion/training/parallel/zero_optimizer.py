@@ -1,8 +1,7 @@
 """The optimizer of a DeepSpeed run as loop, schedule and checkpoints see it: whole parameters.
 
 DeepSpeed flattens each group's parameters, cuts the result into one slice per process, and steps an
-ordinary optimizer on the slice. So only optimizers that treat every entry by itself give the same
-result as in one process.
+ordinary optimizer on the slice.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,32 +18,6 @@ from deepspeed.utils import (
 )
 from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
 from torch import Tensor, nn
-
-from snell_diffusion.errors import SnellaConfigError
-
-ENTRYWISE = (
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.Adamax,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-    torch.optim.SGD,
-)
-
-
-def require_entrywise(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer that slices would change.
-
-    Raises:
-        SnellaConfigError: Names it and those that work.
-    """
-    if type(optimizer) not in ENTRYWISE:
-        known = ", ".join(cls.__name__ for cls in ENTRYWISE)
-        raise SnellaConfigError(
-            f"optimizer {type(optimizer).__name__} cannot be cut into slices for DeepSpeed; use "
-            f"one of {known}, or launch without DeepSpeed"
-        )
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
