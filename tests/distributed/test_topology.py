@@ -130,6 +130,7 @@ def test_a_strategy_that_is_not_ours_is_refused(monkeypatch: pytest.MonkeyPatch)
     [
         ({"FSDP_VERSION": "1"}, "FSDP version 1 was asked for; .* set fsdp_version: 2"),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "use --gradient_checkpointing"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "sets fsdp_offload_params; turn it off there and use"),
     ],
 )
 def test_sharding_settings_that_cannot_be_followed_are_refused(

@@ -15,22 +15,27 @@ from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.adapter_tensors import adapter_tensors, trainable_parameters
 from snell_diffusion.training.parallel.base import Parallel
 
+_REFUSED = {
+    "FSDP_ACTIVATION_CHECKPOINTING": "use --gradient_checkpointing",
+    "FSDP_OFFLOAD_PARAMS": "use more processes: shards stay on their device",
+}
+
 
 class ShardedBase(Parallel):
     """Every frozen weight of the adapted models in as many shards as there are processes.
 
-    Reads accelerate's FSDP variables: FSDP_VERSION (2 or unset), FSDP_RESHARD_AFTER_FORWARD and
-    FSDP_OFFLOAD_PARAMS; what else they say about wrapping does not apply here.
+    Reads accelerate's FSDP_VERSION (2 or unset) and FSDP_RESHARD_AFTER_FORWARD; what its other
+    variables say about wrapping does not apply here.
 
     Raises:
-        SnellaConfigError: The launcher asks for FSDP version 1, or for activation checkpointing,
-            which is this trainer's own setting.
+        SnellaConfigError: The launcher asks for FSDP version 1, for offloading, or for activation
+            checkpointing, which is this trainer's own setting.
     """
 
     name = "FSDP"
@@ -45,11 +50,12 @@ class ShardedBase(Parallel):
                 f"FSDP version {os.environ['FSDP_VERSION']} was asked for; this trainer shards "
                 f"with version 2: set fsdp_version: 2 in the accelerate config"
             )
-        if parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"):
-            raise SnellaConfigError(
-                "the accelerate config sets fsdp_activation_checkpointing; turn it off there and "
-                "use --gradient_checkpointing"
-            )
+        for variable, instead in _REFUSED.items():
+            if parse_flag_from_env(variable):
+                name = variable.lower()
+                raise SnellaConfigError(
+                    f"the accelerate config sets {name}; turn it off there and {instead}"
+                )
         self._classes: dict[nn.Module, type[nn.Module]] = {}
 
     def place(self, components: Mapping[str, nn.Module]) -> None:
@@ -70,14 +76,12 @@ class ShardedBase(Parallel):
 
     def _shard(self, model: nn.Module, mesh: DeviceMesh, whole: set[nn.Parameter]) -> None:
         reshard = parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", True)
-        offload = CPUOffloadPolicy() if parse_flag_from_env("FSDP_OFFLOAD_PARAMS") else None
         # Inner blocks first: a block takes what is not yet in a group, and so does the model.
         for part in [*reversed(indivisible(model)), model]:
             fully_shard(
                 part,
                 mesh=mesh,
                 reshard_after_forward=None if part is model else reshard,
-                offload_policy=offload or OffloadPolicy(),
                 ignored_params=whole,
             )
 
