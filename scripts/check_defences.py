@@ -9,6 +9,7 @@ nothing or its tests do not look.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -39,6 +40,7 @@ class Defence:
     new: str
     tests: list[str]
     part: str
+    needs: str = ""  # a package without which the tests are skipped
 
     def problem(self, root: Path) -> str | None:
         """Why the entry does not fit the tree, if it does not."""
@@ -99,7 +101,12 @@ def fails_without(defence: Defence, tree: Path) -> str | None:
 def check(defences: Iterable[Defence]) -> dict[str, list[str | None]]:
     """Run every entry in a copy of the tree; problems (or None) by row."""
     found: dict[str, list[str | None]] = {}
-    entries = list(defences)
+    entries = []
+    for defence in defences:
+        if defence.needs and importlib.util.find_spec(defence.needs) is None:
+            print(f"{defence.row} {defence.takes_out}: not tried, {defence.needs} is not installed")
+        else:
+            entries.append(defence)
     with tempfile.TemporaryDirectory(prefix="defences-") as folder:
         tree = Path(folder)
         copy_tree(tree)
