@@ -15,7 +15,11 @@ still catch them.
 """
 
 from collections.abc import Iterable
+from reprlib import Repr
 
+_SHORT = Repr()
+_SHORT.maxlist = _SHORT.maxtuple = 12
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 160
 MAX_NAME = 160  # characters of one name in a list; longer ones are cut
 
 
@@ -65,11 +69,13 @@ def shown(names: Iterable[object], limit: int = 8) -> str:
 def quoted(value: object, limit: int = 80) -> str:
     """A value out of a file for an error text: its repr in ASCII, cut to `limit` characters.
 
-    ASCII, because two names that look alike on the screen may differ.
+    ASCII, because two names that look alike on the screen may differ. Of a large table or list only
+    the start is looked at.
     """
     if isinstance(value, str):
-        value = value[: limit + 1]
-    text = ascii(value)
+        text = ascii(value[: limit + 1])
+    else:
+        text = _SHORT.repr(value).encode("ascii", "backslashreplace").decode("ascii")
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 

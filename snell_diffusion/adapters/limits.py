@@ -7,8 +7,8 @@ WEIGHTS_NAME = "pytorch_snella_weights.safetensors"
 
 MAX_HEADER_BYTES = 4 * 2**20
 MAX_FILE_BYTES = 4 * 2**30
-MAX_HEADER_VALUES = 2**18  # values of all kinds in the container's header; 16,384 tensors take half
-MAX_FIELDS = 2**16  # values of all kinds in our own header; 4,096 layers take 36,864
+MAX_HEADER_VALUES = 2**17  # commas in the container's header; 16,384 tensors take 120,000
+MAX_FIELDS = 2**16  # commas in our own header; 4,096 layers take 37,000
 MAX_TENSORS = 16_384
 MAX_LAYERS = 4_096  # over all components
 MAX_COMPONENTS = 16

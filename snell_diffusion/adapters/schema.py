@@ -279,8 +279,8 @@ def _schema_error(fault: Any, source: str, hint: str) -> SnellaSchemaError:
     expected = _EXPECTED.get(fault["type"])
     text = expected.format(**fault.get("ctx", {})) if expected else fault["msg"]
     came = "nothing" if fault["type"] == "missing" else quoted(fault["input"])
-    length = fault.get("ctx", {}).get("actual_length")
-    came = came if length is None else str(length)
+    if fault["type"] in ("too_long", "too_short"):
+        came = str(len(fault["input"]))
     return SnellaSchemaError(
         f"{source}: header field {quoted(field, 300)}: {text}, got {came}; {hint}"
     )

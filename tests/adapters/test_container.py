@@ -97,7 +97,7 @@ DAMAGE = {
         "'__metadata__', entry 'a': expected a text, got 1",
     ),
     "metadata list": (raw({"__metadata__": []}), "expected a table of texts, got \\[\\]"),
-    "many values": (raw("[" + "0," * 2**18 + "0]"), "expected at most 262,144 values"),
+    "many values": (raw("[" + "0," * 2**18 + "0]"), "expected at most 131,072 values"),
     "float64": (raw({"t": entry(dtype="F64", shape=[1])}, b"0" * 8), "got 'F64'"),
     "entry text": (raw({"t": "x"}), "'t': expected the fields dtype, shape"),
     "entry more": (raw({"t": entry(extra=1)}), "'t': expected the fields dtype, shape"),
