@@ -12,12 +12,14 @@ import argparse
 import importlib.util
 import json
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +40,7 @@ class Defence:
     file: str
     old: str
     new: str
-    tests: list[str]
+    tests: tuple[str, ...]
     part: str
     needs: str = ""  # a package without which the tests are skipped
 
@@ -52,7 +54,7 @@ class Defence:
 def read_defences(folder: Path = ENTRIES) -> list[Defence]:
     """All entries, in the order of the files."""
     return [
-        Defence(part=path.stem, **entry)
+        Defence(part=path.stem, **{**entry, "tests": tuple(entry["tests"])})
         for path in sorted(folder.glob("*.yaml"))
         for entry in yaml.safe_load(path.read_text("utf-8")) or []
     ]
@@ -98,41 +100,64 @@ def fails_without(defence: Defence, tree: Path) -> str | None:
     return f"pytest ended with {done.returncode}, expected a failing test:\n{done.stdout[-1500:]}"
 
 
-def check(defences: Iterable[Defence]) -> dict[str, list[str | None]]:
-    """Run every entry in a copy of the tree; problems (or None) by row."""
-    found: dict[str, list[str | None]] = {}
-    entries = []
+def installed(defences: Iterable[Defence]) -> list[Defence]:
+    """Those whose tests can run here; says which are left out."""
+    kept = []
     for defence in defences:
         if defence.needs and importlib.util.find_spec(defence.needs) is None:
             print(f"{defence.row} {defence.takes_out}: not tried, {defence.needs} is not installed")
         else:
-            entries.append(defence)
+            kept.append(defence)
+    return kept
+
+
+def check(defences: Sequence[Defence], jobs: int) -> dict[Defence, str | None]:
+    """Run every entry in one of `jobs` copies of the tree; a problem or None for each."""
+    trees: queue.Queue[Path] = queue.Queue()
+    began = time.monotonic()
+    found: dict[Defence, str | None] = {}
+
+    def run(defence: Defence) -> tuple[Defence, str | None]:
+        tree = trees.get()
+        try:
+            return defence, fails_without(defence, tree)
+        finally:
+            trees.put(tree)
+
     with tempfile.TemporaryDirectory(prefix="defences-") as folder:
-        tree = Path(folder)
-        copy_tree(tree)
-        for number, defence in enumerate(entries, start=1):
-            began = time.monotonic()
-            problem = fails_without(defence, tree)
-            found.setdefault(defence.row, []).append(problem)
-            verdict = "fails without it" if problem is None else f"STILL PASSES: {problem}"
-            seconds = time.monotonic() - began
-            print(
-                f"[{number}/{len(entries)}] {defence.row} {defence.takes_out}: {verdict} "
-                f"({seconds:.0f} s)",
-                flush=True,
-            )
+        for number in range(jobs):
+            copy_tree(Path(folder) / str(number))
+            trees.put(Path(folder) / str(number))
+        with ThreadPoolExecutor(jobs) as pool:
+            for done in as_completed([pool.submit(run, defence) for defence in defences]):
+                defence, problem = done.result()
+                found[defence] = problem
+                seconds = time.monotonic() - began
+                left = seconds / len(found) * (len(defences) - len(found))
+                verdict = "fails without it" if problem is None else f"STILL PASSES: {problem}"
+                print(
+                    f"[{len(found)}/{len(defences)}, {left:.0f} s left] {defence.row} "
+                    f"{defence.takes_out}: {verdict}",
+                    flush=True,
+                )
     return found
 
 
-def publish(found: dict[str, list[str | None]]) -> None:
-    """Write how many changes each row noticed, and the page's table."""
+def publish(found: Mapping[Defence, str | None]) -> None:
+    """Write which changes each row noticed, and the page's table."""
     from tests.row_table import rewrite_page
 
     known = json.loads(PUBLISHED.read_text("utf-8")) if PUBLISHED.is_file() else {}
-    for row, problems in found.items():
-        known[row] = {"tried": len(problems), "failed_as_they_should": problems.count(None)}
+    entries = read_defences()
+    fresh: dict[str, dict[str, bool]] = {}
+    for entry in entries:
+        seen = known.get(entry.row, {}).get(entry.takes_out)
+        if entry in found:
+            seen = found[entry] is None
+        if seen is not None:
+            fresh.setdefault(entry.row, {})[entry.takes_out] = seen
     PUBLISHED.parent.mkdir(parents=True, exist_ok=True)
-    PUBLISHED.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", "utf-8")
+    PUBLISHED.write_text(json.dumps(fresh, indent=1, sort_keys=True) + "\n", "utf-8")
     rewrite_page()
 
 
@@ -141,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="one file of tests/defences, without .yaml")
     parser.add_argument("--row", help="one row")
+    parser.add_argument("--jobs", type=int, default=2, help="entries at a time (default 2)")
     parser.add_argument("--publish", action="store_true", help="write docs/reliability")
     options = parser.parse_args(arguments)
     chosen = [
@@ -151,10 +177,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not chosen:
         print("no entry matches", file=sys.stderr)
         return 2
-    found = check(chosen)
+    found = check(installed(chosen), options.jobs)
     if options.publish:
         publish(found)
-    return int(any(problem for problems in found.values() for problem in problems))
+    problems = [defence for defence, problem in found.items() if problem]
+    for defence in problems:
+        print(f"not noticed: {defence.row} {defence.takes_out}")
+    return int(bool(problems))
 
 
 if __name__ == "__main__":
