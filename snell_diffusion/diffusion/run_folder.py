@@ -81,14 +81,8 @@ class RunFolder:
         """
         status = self._status()
         pid = status.get("pid")
-        running = status.get("state") not in ("finished", "stopped", "failed")
-        if (
-            running
-            and isinstance(pid, int)
-            and pid > 0
-            and pid != os.getpid()
-            and process_alive(pid)
-        ):
+        ended = status.get("state") in ("finished", "stopped", "failed")
+        if not ended and self._is_another(pid, status.get("created")):
             raise SnellaConfigError(
                 f"run folder '{self.path}' is in use by process {pid}; wait, stop it, or choose "
                 f"another output_dir"
@@ -102,6 +96,13 @@ class RunFolder:
                 f"another output_dir, continue it with --resume_from_checkpoint latest, or replace "
                 f"it with --overwrite"
             )
+
+    @staticmethod
+    def _is_another(pid: Any, created: Any) -> bool:
+        """Whether a status names a living process that is not this one."""
+        if not isinstance(pid, int) or pid < 1 or pid == os.getpid():
+            return False
+        return process_alive(pid, created if isinstance(created, float) else None)
 
     def _status(self) -> dict[str, Any]:
         try:

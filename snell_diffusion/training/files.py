@@ -14,11 +14,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from snell_diffusion.adapters.container import sync_folder
 from snell_diffusion.adapters.disk import disk_of
 from snell_diffusion.training.errors import OutputError
 
 _TEMPORARY = re.compile(r"\.tmp-(\d{1,10})-.+", re.DOTALL)
+_CLOCK_SECONDS = 5.0  # the clock that start times are counted from may be corrected
 _ADVICE = {
     errno.ENOSPC: "free space there, or choose another output_dir",
     errno.EDQUOT: "free space within your quota, or choose another output_dir",
@@ -27,15 +30,25 @@ _ADVICE = {
 }
 
 
-def process_alive(pid: int) -> bool:
-    """Whether a process with this id, 1 or more, exists on this machine."""
+def process_alive(pid: int, created: float | None = None) -> bool:
+    """Whether a process with this id, 1 or more, exists on this machine.
+
+    Args:
+        pid: Its id. Ids are used again: in a new container by quite other programs.
+        created: When it was started, in seconds since the epoch; None asks for the id alone.
+    """
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
+        pass
+    if created is None:
         return True
-    return True
+    try:
+        return abs(psutil.Process(pid).create_time() - created) < _CLOCK_SECONDS
+    except psutil.NoSuchProcess:
+        return False
 
 
 def cannot_write(path: Path, error: OSError) -> OutputError:

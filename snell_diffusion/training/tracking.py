@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from tqdm.auto import tqdm
 
@@ -75,7 +76,8 @@ class Tracker:
         self._remote = remote
         self._bar: tqdm[Any] | None = None
         self._log = None if self.folder is None else _Log(self.folder / "log.jsonl")
-        self._status: Event = {"pid": os.getpid(), "total": total, "step": 0}
+        created = psutil.Process().create_time()
+        self._status: Event = {"pid": os.getpid(), "created": created, "total": total, "step": 0}
         self._written = 0.0
         self._first: tuple[int, float] | None = None
 

@@ -1,10 +1,12 @@
 """A run that dies at any moment is resumed to the same adapter file, bit for bit."""
 
+import json
 import os
 import random
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.reliability import harness
@@ -28,8 +30,8 @@ IN_A_CHECKPOINT = {
     "half of the manifest": Point("fsync", _TEMPORARY + r"/manifest\.json$", "half"),
     "before the rename": Point("rename", r"/step-\d{6}$", "before"),
     "after the rename": Point("rename", r"/step-\d{6}$", "after"),
-    "before an old one is removed": Point("rmtree", _TEMPORARY + "$", "before"),
-    "half-way through removing an old one": Point("rmtree", _TEMPORARY + "$", "half"),
+    "before an old one is removed": Point("rmtree", r"step-\d{6}$", "before"),
+    "half-way through removing an old one": Point("rmtree", r"step-\d{6}$", "half"),
 }
 ELSEWHERE = {
     "half of config.yaml": Point("fsync", r"-config\.yaml$", "half"),
@@ -132,3 +134,27 @@ def test_killed_at_random_often(
     kills, seed = kill_often(request, tiny_base, tmp_path, whole, default=60)
     row.cases(kills)
     row.figure(f"{kills} kills, 0 lost runs, 0 differing bits (seed {seed})")
+
+
+@pytest.mark.row("R2")
+@pytest.mark.parametrize("same_start", [False, True], ids=["another", "the same"])
+def test_the_id_of_a_killed_run_may_be_used_again(
+    tiny_base: Path, tmp_path: Path, whole: tuple[str, float], same_start: bool
+) -> None:
+    """In a new container the id of the dead trainer often is that of another program."""
+    settings = small_run(tiny_base, tmp_path)
+    outcome = harness.train(settings, die_at(IN_A_CHECKPOINT["before the rename"], 2))
+    assert outcome.code == DIED
+    path = tmp_path / "run" / "status.json"
+    status = json.loads(path.read_text())
+    status["pid"] = 1
+    if same_start:
+        status["created"] = psutil.Process(1).create_time()
+    path.write_text(json.dumps(status))
+    if same_start:
+        refused = harness.run_script(harness.resumed(settings))
+        assert refused.code == 2
+        assert "is in use by process 1; wait, stop it, or choose another output_dir" in refused.said
+        return
+    harness.resume(settings, require_nothing_lost(tmp_path / "run"))
+    require_same_result(settings, whole[0])

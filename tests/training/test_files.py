@@ -5,6 +5,7 @@ import fcntl
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 
 from snell_diffusion.adapters.container import write_atomic
@@ -129,3 +130,11 @@ def test_the_temporary_file_of_an_adapter_is_locked(
     monkeypatch.setattr(os, "replace", check)
     write_atomic(tmp_path / "adapter.safetensors", b"whole")
     assert names(tmp_path) == ["adapter.safetensors"]
+
+
+def test_an_id_that_is_used_again_is_not_the_process_it_was() -> None:
+    created = psutil.Process().create_time()
+    assert files.process_alive(os.getpid())
+    assert files.process_alive(os.getpid(), created + 1)
+    assert not files.process_alive(os.getpid(), created - 3600)
+    assert not files.process_alive(DEAD, created)
