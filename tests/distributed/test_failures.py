@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from snell_diffusion.diffusion.config import TrainConfig
+from snell_diffusion.diffusion.inputs import Photos
 from tests.distributed.faults import before_loss, before_publishing, die, spoil_loss
 from tests.distributed.ranks import (
     Clock,
@@ -84,6 +85,22 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(
     assert [e.code for e in ended] == [143, 143], "\n".join(e.said[-2000:] for e in ended)
     assert [e.report["step"] for e in ended] == [3, 3]
     assert published(Path(settings.output_dir)) == [3]
+
+
+def test_processes_that_start_from_different_files_stop(tiny_base: Path, tmp_path: Path) -> None:
+    """As on machines without a shared disk: other photos, another base, another checkpoint."""
+
+    def other_photos(rank: int) -> None:
+        if rank == 1:
+            Photos.digest = lambda self: "other photos"  # type: ignore[method-assign]
+
+    settings = run_of(tiny_base, tmp_path)
+    for process in train_on(2, settings, install=other_photos):
+        assert process.code == 4, process.said[-3000:]
+        assert "DivergedError: the processes disagree about settings, photos, base or" in (
+            process.said
+        )
+    assert not Path(settings.output_dir).exists()
 
 
 @pytest.mark.row("D7")

@@ -71,6 +71,7 @@ def test_nothing_said_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     [
         (None, {}, Topology(1, "none")),
         (None, {"WORLD_SIZE": "2"}, Topology(2, "DDP")),
+        (None, {"OMPI_COMM_WORLD_SIZE": "2"}, Topology(2, "DDP")),
         (None, {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, Topology(2, "FSDP")),
         (
             None,

@@ -5,13 +5,12 @@ two processes without a GPU and without ACCELERATE_USE_CPU each believe to be al
 one folder; accelerate drops FSDP and DeepSpeed on the CPU.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.distributed
 from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env, patch_environment
+from accelerate.utils import get_int_from_env, parse_flag_from_env, patch_environment
 
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.parallel.base import Parallel
@@ -37,6 +36,8 @@ class Topology:
         return f"{self.processes} x {self.strategy}"
 
 
+# By torchrun and by the launchers of MPI, the ones that accelerate reads.
+_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _VARIABLES = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -47,7 +48,7 @@ _VARIABLES = {
 def asked() -> Topology:
     """What the user asked for: by the arguments of `accelerate launch` and by the environment."""
     launch = find_launch() or Launch(None, "", False)
-    processes = launch.processes or int(os.environ.get("WORLD_SIZE", "1"))
+    processes = launch.processes or get_int_from_env(_WORLD_SIZES, 1)
     strategy = launch.strategy
     for variable, named in _VARIABLES.items():
         if parse_flag_from_env(variable):
@@ -93,7 +94,7 @@ def _started(accelerator: Accelerator, wanted: Topology) -> Topology:
 
 
 def _reason(wanted: Topology) -> str:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not wanted.cpu:
+    if get_int_from_env(_WORLD_SIZES, 1) > 1 and not wanted.cpu:
         return (
             "no GPU is visible, so every process would train alone and overwrite the others. For "
             "processes on the CPU use configs/accelerate/cpu.yaml, or set ACCELERATE_USE_CPU=true"
