@@ -15,6 +15,8 @@ MAX_COMPONENTS = 16
 MAX_RANK = 1_024
 MAX_HEADS = 64
 MAX_FEATURES = 2**20  # inputs or outputs of one layer
+# Heads times entries of one update: its distances take 4 bytes for each while they are summed.
+MAX_DISTANCES = 2**30
 MAX_STRING = 256
 MAX_PROMPT = 2_048  # instance and class prompts, the only long texts
 MAX_METADATA = 64  # entries

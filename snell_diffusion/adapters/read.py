@@ -156,10 +156,10 @@ def _from_state_dict(state: Mapping[str, Any], source: str) -> AdapterFile:
         known = tensor.dtype in DTYPES.values() or (
             tensor.dtype == torch.float64 and is_version0(name, tensor.shape)
         )
-        if not known or tensor.device.type == "meta":
+        if not known or tensor.layout != torch.strided or tensor.device.type == "meta":
             raise SnellaFileError(
-                f"{source}: tensor {quoted(name, 200)}: expected one of {', '.join(DTYPES)} with "
-                f"data, got {tensor.dtype} on {tensor.device}; convert it or load it to a device"
+                f"{source}: tensor {quoted(name, 200)}: expected dense {', '.join(DTYPES)} with "
+                f"data, got {tensor.dtype}, {tensor.layout}, on {tensor.device}; convert it first"
             )
     copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
     _check_finite(copies, source)
@@ -258,6 +258,11 @@ def _check_values(header: Header, tensors: Mapping[str, Tensor], source: str) ->
                         f"{value} as in layer {path!r}, got "
                         f"{quoted(part.config.get(name))}; {AGAIN}"
                     )
+            if layer.sparsity and part.config.get("sparsify") == "none":
+                raise SnellaSchemaError(
+                    f"{source}: header field 'components.{component}.layers.{path}.sparsity': "
+                    f"expected 0 with sparsify 'none', got {layer.sparsity}; {AGAIN}"
+                )
             _check_level(f"{component}.{path}.{part.method}", layer, tensors, source)
 
 

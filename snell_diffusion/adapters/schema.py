@@ -321,6 +321,13 @@ def _check_row(layer: Layer, place: str, hint: str) -> None:
             f"{place}.shape': expected sizes from 1 to {limits.MAX_FEATURES:,}, got "
             f"{quoted(layer.shape)}; {hint}"
         )
+    distances = layer.heads * layer.shape[0] * layer.shape[1]
+    if distances > limits.MAX_DISTANCES:
+        raise SnellaSchemaError(
+            f"{place}.shape': expected at most {limits.MAX_DISTANCES:,} as product of sizes and "
+            f"heads, all of which memory must hold, got {distances:,} ({layer.shape}, "
+            f"heads={layer.heads}); {hint}"
+        )
     if layer.r % layer.heads:
         raise SnellaSchemaError(
             f"{place}.heads': expected a divisor of r={layer.r}, got {layer.heads}; {hint}"

@@ -71,7 +71,8 @@ class SnellaConfig(DeltaConfig):
         },
     )
     init_scale: float = field(
-        default=1.0, metadata={"help": "factor on the range A and B are drawn from, above 0"}
+        default=1.0,
+        metadata={"help": "factor on the range A and B are drawn from, above 0, up to 1e12"},
     )
     train_alpha: bool = field(
         default=True, metadata={"help": "train the softmax term's weight (kernel 'mixed')"}
@@ -113,7 +114,9 @@ class SnellaConfig(DeltaConfig):
         check_choice("init", self.init, INITS)
         check_choice("alloc_metric", self.alloc_metric, METRICS)
         check_number("p", self.p, "1 to 1e6", lambda p: 1 <= p <= 1e6)
-        check_number("init_scale", self.init_scale, "above 0", lambda scale: scale > 0)
+        check_number(
+            "init_scale", self.init_scale, "above 0, up to 1e12", lambda scale: 0 < scale <= 1e12
+        )
         # An adapter file holds numbers of 1e-28 and more exactly, and 0.
         check_number(
             "init_sparsity",

@@ -428,6 +428,16 @@ def both_levels(parts: Tensor, stated: float) -> Callable[[], bytes]:
     return lambda: rebuilt(good_bytes(), change, tensor)
 
 
+def rule_none_with_a_level() -> bytes:
+    def change(header: Header) -> None:
+        header["components"]["unet"]["config"]["sparsify"] = "none"
+
+    def tensor(tensors: Tensors) -> None:
+        tensors["unet.snella_method"][2] = level(4.0)
+
+    return rebuilt(good_bytes(), change, tensor)
+
+
 def old_float64(name: str, tensor: Tensor) -> Callable[[], bytes]:
     """An F64 tensor under a name of the development version."""
 
@@ -472,6 +482,13 @@ for _name, _build in {
     "old level a vector": old_float64(PLACE + "sparsity", torch.zeros(3, dtype=torch.float64)),
     "old method of 1e300": old_float64(
         "unet.snella_method", torch.full((4,), 1e300, dtype=torch.float64)
+    ),
+    "level with the rule that keeps everything": rule_none_with_a_level,
+    "start out of the range of floats": field("components.unet.config.init_scale", 1e300),
+    "64 heads in a large layer": with_header(
+        lambda header: header["components"]["unet"]["layers"][LAYER].update(
+            shape=[10240, 2048], heads=64, r=64
+        )
     ),
     "path into another adapter": renamed_layer(f"{LAYER}.base_layer"),
 }.items():

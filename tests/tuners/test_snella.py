@@ -77,7 +77,7 @@ def test_diffusion_is_the_paper_with_beta_frozen_and_a_scale_and_takes_changes()
         ({"scale": -1e300}, "scale must be a number, 1e-12 to 1e12 or its negative, got -1e"),
         ({"init_sparsity": 1e-40}, "and 1e-12 or more unless it is 0, got 1e-40"),
         ({"p": 1e300}, "p must be a number, 1 to 1e6, got 1e"),
-        ({"init_scale": 0}, "init_scale must be a number, above 0, got 0"),
+        ({"init_scale": 0}, "init_scale must be a number, above 0, up to 1e12, got 0"),
         ({"seed": -1}, "seed must be a whole number, 0 or more, got -1"),
         ({"train_beta": 1}, "train_beta must be true or false, got 1"),
         ({"alloc_interval": 0}, "alloc_interval must be a whole number, 1 or more, got 0"),
