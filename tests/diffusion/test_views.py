@@ -31,18 +31,19 @@ UNCACHED: dict[str, Any] = {
 }
 
 
-def reader(folder: Path, workers: int, rank: int = 0, world: int = 1) -> PixelReader:
+def reader(folder: Path, workers: int, steps: int = 3) -> PixelReader:
     """Two streams, 3 photos and 4 photos, of batch 2."""
-    settings = config(folder, folder, **UNCACHED, dataloader_num_workers=workers)
+    changes = {**UNCACHED, "dataloader_num_workers": workers, "max_train_steps": steps}
+    settings = config(folder, folder, **changes)
     streams = []
     for name, count in (("instance", 3), ("class", 4)):
         photos = find_photos(write_photos(folder / name, count), PROMPT)
-        streams.append(Draws(settings, name, photos, 2, rank, world))
+        streams.append(Draws(settings, name, photos, 2, rank=0, world=1))
     return PixelReader(streams, settings)
 
 
-def everything(source: PixelReader, first: int = 1) -> list[torch.Tensor]:
-    places = [(step, micro) for step in range(first, 4) for micro in (0, 1)]
+def everything(source: PixelReader, first: int = 1, last: int = 3) -> list[torch.Tensor]:
+    places = [(step, micro) for step in range(first, last + 1) for micro in (0, 1)]
     return [stream for place in places for stream in source(*place)]
 
 
@@ -94,13 +95,15 @@ def test_photos_that_vanish_are_named(tmp_path: Path) -> None:
 
 def test_workers_leave_signals_to_the_training_process(tmp_path: Path) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach every process of a group."""
-    source = reader(tmp_path, 2)
+    source = reader(tmp_path, 2, steps=20)  # far more than what is read ahead
     source(1, 0)
+    source(1, 1)
     try:
         for worker in workers():
             for signum in (signal.SIGINT, signal.SIGTERM):
                 worker.send_signal(signum)
-        assert len(everything(source, 2)) == 8
+        assert len(everything(source, 2, 20)) == 76
+        assert len(workers()) == 2
     finally:
         source.close()
     assert workers() == []
