@@ -196,10 +196,11 @@ class Runner:
 def factor_numbers(adapter: Path) -> int:
     """Numbers in the factor matrices of an adapter file, which is what equal size means here.
 
-    SNELLA's mixing scalars, three a layer, head signs and levels are not counted.
+    SNELLA's mixing scalars, three a layer, head signs, levels and settings are not counted.
     """
     with safe_open(adapter, "pt") as file:
-        shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
+        factors = [key for key in file.keys() if not key.endswith("_method")]  # noqa: SIM118
+        shapes = [file.get_slice(key).get_shape() for key in factors]
     return sum(torch.Size(shape).numel() for shape in shapes if len(shape) > 1)
 
 
