@@ -22,7 +22,7 @@ ADAPTERS = (
 )
 TRAINING = (
     ADAPTERS[0] | {"training"},
-    ADAPTERS[1] | {"matplotlib", "numpy", "PIL", "tqdm"},
+    ADAPTERS[1] | {"deepspeed", "matplotlib", "numpy", "PIL", "psutil", "tqdm"},
 )
 DIFFUSION = (
     TRAINING[0] | {"diffusion", "models"},
@@ -146,9 +146,9 @@ def test_torch_is_pinned_first_and_everything_is_pinned_exactly():
 
 
 def test_every_requirement_that_make_installs_is_pinned():
-    quant = {"bitsandbytes"}  # wants a GPU; make installs app, eval and dev
+    own_extras = {"bitsandbytes", "deepspeed"}  # not among those that make installs
     missing = {normal(line) for line in requirements()} - {normal(line) for line in pins()}
-    assert missing == quant
+    assert missing == own_extras
 
 
 def test_floors_checked_at_run_time_are_those_that_pip_checks():
@@ -163,7 +163,19 @@ def test_packages_that_swap_torch_are_in_no_list():
 
 
 @pytest.mark.parametrize(
-    "target", ["demo", "test", "test-full", "lint", "format", "app", "docs", "setup"]
+    "target",
+    [
+        "demo",
+        "test",
+        "test-full",
+        "reliability",
+        "defences",
+        "lint",
+        "format",
+        "app",
+        "docs",
+        "setup",
+    ],
 )
 def test_make_knows_its_targets(target):
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
