@@ -145,7 +145,7 @@ class Competition:
         self.allocator.load_state_dict(state)
 
     def _require_fitting(self, state: dict[str, Any]) -> None:
-        shapes = {}
+        shapes: dict[str, torch.Size] = {}
         for name, layer in self.layers.items():
             for side, factor in zip("AB", layer.factors(self.adapter), strict=True):
                 shapes |= {f"{kind}.{side}.{name}": factor.shape for kind in "IU"}
