@@ -74,11 +74,21 @@ def inject(model: nn.Module, config: Any, paths: Iterable[str], adapter_name: st
 
 
 def stand_in(linear: nn.Linear, share: bool) -> nn.Linear:
-    """A Linear of the same size that owns nothing: it shares the weight, or has none (meta)."""
+    """A Linear of the same size that owns nothing: it shares the weight, or shows one zero for all.
+
+    The zero is on the weight's device: PEFT moves the factors next to it.
+    """
+    size = linear.out_features, linear.in_features
     twin = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-    if share:
-        twin.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
+    weight = linear.weight.detach()
+    weight = weight if share else torch.zeros((), device=weight.device).expand(size)
+    twin.weight = nn.Parameter(weight, requires_grad=False)
     return twin
+
+
+def is_shared(weight: Tensor) -> bool:
+    """Whether a stand-in's weight is that of the Linear it stands for."""
+    return any(weight.stride())
 
 
 def skeleton(leaves: Mapping[str, nn.Module]) -> nn.Module:

@@ -22,6 +22,7 @@ from snell_diffusion.adapters.attach import (
     fill,
     forget,
     inject,
+    is_shared,
     remove_adapter,
     skeleton,
     stand_in,
@@ -320,7 +321,7 @@ def _check_tensors(
 def _relative_update(layer: Any, adapter_name: str, bound: float, place: str) -> float:
     delta = layer.get_delta_weight(adapter_name)
     weight = layer.get_base_layer().weight
-    known = weight.device.type != "meta"
+    known = is_shared(weight)
     largest = torch.finfo(weight.dtype if known else torch.float32).max
     if not float(delta.abs().max()) <= largest:
         raise SnellaValueError(

@@ -509,3 +509,45 @@ def test_the_bound_is_a_positive_number(
 ) -> None:
     with pytest.raises(SnellaValueError, match="max_relative_update: expected a number above 0"):
         load_adapter(models.components, adapter_file, max_relative_update=bound)
+
+
+class Packed(nn.Linear):
+    """Stands in for quantized Linears: the weight is not the matrix it multiplies by."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.dense = linear.weight.detach()
+        self.weight = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.dense)
+
+
+def pack(unet: nn.Module) -> None:
+    parent = unet.get_submodule(LAYER.rpartition(".")[0])
+    parent.to_q = Packed(parent.to_q)
+
+
+def test_a_quantized_base_takes_an_adapter(
+    adapter_file: AdapterFile, models: Models, expected: Tensor
+) -> None:
+    pack(models.components["unet"])
+    load_adapter(models.components, adapter_file)
+    torch.testing.assert_close(
+        predict(models.components["unet"], "sd15"), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_an_update_on_quantized_weights_is_bounded_too(
+    adapter_bytes: bytes, models: Models
+) -> None:
+    """They count as far larger than any real weight; an update beyond even that is damage."""
+    pack(models.components["unet"])
+
+    def enlarge(tensors: dict[str, Tensor]) -> None:
+        tensors[f"unet.{LAYER}.snella_beta"] = torch.tensor([1e3])
+
+    with pytest.raises(
+        SnellaValueError, match=r"to_q: expected an update at most 100 times as larg"
+    ):
+        load_adapter(models.components, read_adapter(rebuilt(adapter_bytes, tensors=enlarge)))
