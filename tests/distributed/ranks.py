@@ -7,10 +7,11 @@ What started is asserted in each of them, before anything trains.
 import hashlib
 import json
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,20 @@ def joined(
             _beside(settings, rank, "json").unlink(missing_ok=True)
             work = _at(place, _reporting(place, settings, install))
             pids.append(start(work, _beside(settings, rank, "out")))
-        yield pids
+        try:
+            yield pids
+        except BaseException:
+            end(pids)  # a process that waits for another one would outlive the test
+            raise
+
+
+def end(pids: list[int]) -> None:
+    """Kill those of our children that still run."""
+    for pid in pids:
+        with suppress(ChildProcessError):
+            if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
 
 
 @dataclass(frozen=True)
