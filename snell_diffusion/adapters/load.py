@@ -58,7 +58,8 @@ class LoadReport:
         layers: Adapted layers by component.
         tensors: How many tensors were read.
         parameters: How many numbers the factors hold.
-        largest_update: max over layers of |ΔW| / |W| (Frobenius norms); 0 where W is quantized.
+        largest_update: max over layers of |ΔW| / |W| (Frobenius norms), with no entry of ΔW
+            dropped, where it is largest; 0 where W is quantized.
         base_matches: By component, whether class and config hash are those it was trained on.
     """
 
@@ -85,7 +86,8 @@ def load_adapter(
         adapter_name: Letters, digits, "_" and "-", up to 64; not taken.
         allow_other_base: Load although a component's class or config hash differs from the one
             the adapter was trained on. Every layer must still be there with the same shape.
-        max_relative_update: Largest accepted |ΔW| / |W| of a layer (Frobenius norms).
+        max_relative_update: Largest accepted |ΔW| / |W| of a layer (Frobenius norms), at any
+            sparsity level.
 
     Raises:
         SnellaKeyError: A component or module of the file is not there, tensors are missing or
@@ -244,11 +246,13 @@ def _check_updates(shadow: nn.Module, source: str, adapter_name: str, bound: flo
     """Refuse updates out of proportion; returns the largest |ΔW| / |W|."""
     largest = 0.0
     for path, layer in delta_layers(shadow, adapter_name):
-        place = f"{source}.{path}"
-        largest = max(largest, _relative_update(layer, adapter_name, bound, place))
-        # A stored threshold or a level of 1 hides entries that `set_snella_sparsity` brings back.
-        layer.set_sparsity(adapter_name, 0.0)  # type: ignore[operator]
-        _relative_update(layer, adapter_name, bound, f"{place} at level 0")
+        # At threshold 0 no entry is smaller than at any other. A stored threshold, or a level of 1,
+        # could hide entries that `set_snella_sparsity` brings back; level 0 would still hide the
+        # smallest, which are all of them where they are equal.
+        for name, tensor in layer_tensors(layer, adapter_name).items():
+            if name.endswith("_threshold"):
+                pass
+        largest = max(largest, _relative_update(layer, adapter_name, bound, f"{source}.{path}"))
     return largest
 
 
