@@ -251,7 +251,7 @@ def _check_updates(shadow: nn.Module, source: str, adapter_name: str, bound: flo
         # smallest, which are all of them where they are equal.
         for name, tensor in layer_tensors(layer, adapter_name).items():
             if name.endswith("_threshold"):
-                pass
+                tensor.zero_()
         largest = max(largest, _relative_update(layer, adapter_name, bound, f"{source}.{path}"))
     return largest
 
