@@ -74,6 +74,26 @@ def test_equal_entries_are_checked_too(adapter_bytes: bytes, components: Compone
         load_adapter(components, file)
 
 
+def test_equal_entries_that_a_threshold_hides_are_checked_too(
+    adapter_bytes: bytes, components: Components
+) -> None:
+    """Every level drops the smallest entries, so of equal ones all of them."""
+
+    def hide(header: dict[str, Any]) -> None:
+        header["components"]["unet"]["layers"][LAYER]["threshold"] = 2.0**100
+
+    def enlarge(tensors: dict[str, Tensor]) -> None:
+        place = f"unet.{LAYER}.snella_"
+        tensors[place + "A"].zero_()
+        tensors[place + "B"].zero_()
+        tensors[place + "beta"].fill_(1e6)
+        tensors[place + "threshold"] = torch.tensor(2.0**100)
+
+    file = read_adapter(rebuilt(adapter_bytes, hide, enlarge))
+    with pytest.raises(SnellaValueError, match=r"to_q: expected an update at most 100"):
+        load_adapter(components, file)
+
+
 def test_an_update_beyond_the_range_of_a_16_bit_base_is_refused(
     adapter_bytes: bytes,
 ) -> None:
