@@ -172,6 +172,7 @@ def _row(stem: str, tensors: Mapping[str, Tensor], source: str) -> dict[str, Any
         )
     heads, columns = A.shape[0], A.shape[2]
     in_features, out_features = A.shape[1], B.shape[1]
+    size = in_features * out_features
     sparsity = float(join_doubles(level, f"{source}: tensor {quoted(needed[2], 200)}"))
     return {
         "kind": "linear",
@@ -180,5 +181,6 @@ def _row(stem: str, tensors: Mapping[str, Tensor], source: str) -> dict[str, Any
         "heads": heads,
         "sparsity": sparsity,
         "threshold": None if threshold is None else float(threshold),
-        "kept": kept_count(in_features * out_features, sparsity) if 0 <= sparsity <= 1 else 0,
+        # What is out of range here is refused with the rest of the header.
+        "kept": kept_count(size, sparsity) if size and 0 <= sparsity <= 1 else 0,
     }

@@ -96,3 +96,10 @@ def test_hundreds_of_components_are_refused_before_they_are_looked_at() -> None:
     tensors = {f"c{index}.snella_method": method for index in range(17)}
     with pytest.raises(SnellaKeyError, match="1 to 16 components, got 17"):
         bare_header(tensors, "x")
+
+
+def test_a_layer_without_inputs_is_refused(adapter_bytes: bytes) -> None:
+    tensors = load(adapter_bytes)
+    tensors[PLACE + "A"] = torch.zeros(2, 0, 2)
+    with pytest.raises(SnellaSchemaError, match=r"to_q.shape': expected sizes from 1 .*\[32, 0\]"):
+        read_adapter(tensors)
