@@ -9,7 +9,7 @@ several cases says so through the fixture `row`:
 
 The run prints what each row reached. With `--publish-rows` it writes the numbers to
 `docs/reliability/results.json` and the table of `docs/reliability.md`. A run of the whole suite
-names the rows that have fewer cases than they promise.
+fails if a row has fewer cases than it promises, or skipped some without leave.
 """
 
 from collections import defaultdict
@@ -106,6 +106,8 @@ class RowCounter:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if self.config.option.publish_rows:
             publish(self.tallies)
+        if self._whole_suite and self.shortfalls() and session.exitstatus == 0:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if not self.tallies:
