@@ -17,7 +17,16 @@ from snell_diffusion.errors import (
     SnellaShapeError,
     SnellaValueError,
 )
-from tests.adapters.files import assemble, header_of, level, rebuilt, scalar, tensors_of
+from tests.adapters.files import (
+    assemble,
+    container,
+    header_of,
+    level,
+    rebuilt,
+    scalar,
+    split,
+    tensors_of,
+)
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 PLACE = f"unet.{LAYER}.snella_"
@@ -163,6 +172,15 @@ def test_a_file_can_set_nothing_outside_its_layer_table(name: str, adapter_bytes
         SnellaKeyError, match=rf"only tensors of the layers in its table, got {name}, and"
     ):
         read_adapter(rebuilt(adapter_bytes, tensors=apply))
+
+
+def test_a_name_that_has_no_bytes_is_refused(adapter_bytes: bytes) -> None:
+    """JSON can spell half a character; a digest cannot be taken of it."""
+    table, body = split(adapter_bytes)
+    where = [len(body), len(body) + 4]
+    table[f"{PLACE}\ud800"] = {"dtype": "F32", "shape": [1], "data_offsets": where}
+    with pytest.raises(SnellaKeyError, match=r"snella_\\ud800, and an adapter can set nothing"):
+        read_adapter(container(table, body + bytes(4)))
 
 
 def test_a_layer_without_tensors_is_refused(adapter_bytes: bytes) -> None:
