@@ -166,5 +166,8 @@ def _placeholder(row: Layer) -> nn.Linear:
 
 
 def export_notes(file: AdapterFile) -> Mapping[str, str]:
-    """The adapter's own metadata (prompts, training) as texts for an export's metadata."""
-    return {f"snella.{name}": str(value) for name, value in file.header.metadata.items()}
+    """The adapter's own metadata (prompts, training) as texts for an export's metadata.
+
+    Their names cannot meet those of a header: an export must not pass for an adapter.
+    """
+    return {f"snella.metadata.{name}": str(value) for name, value in file.header.metadata.items()}

@@ -61,7 +61,7 @@ def export_lora(
     Raises:
         SnellaFileError: The file exists or cannot be written.
         SnellaValueError: A rank below 1, an unknown style or dtype, factors beyond the dtype's
-            range, or components that kohya's names do not know.
+            range, components that kohya's names do not know, or two layers of one name.
     """
     target = Path(path)
     stored = export_dtype(dtype)
@@ -82,7 +82,13 @@ def export_lora(
                 "export with dtype bfloat16 or float32"
             )
         rows.append(LayerError.of(name, delta, up.double() @ down.double(), energy))
-        tensors |= _named(style, component, module, list(file.header.components), up, down)
+        named = _named(style, component, module, list(file.header.components), up, down)
+        if not tensors.keys().isdisjoint(named):
+            raise SnellaValueError(
+                f"{file.source}: {name} and another layer have one name, {next(iter(named))!r}, in "
+                f"style {style!r}; export with --format merged"
+            )
+        tensors |= named
     report = ExportReport(style, str(target), dtype, columns, file.source, file.digest, tuple(rows))
     write_atomic(target, encode(tensors, _metadata(file, report)))
     return report

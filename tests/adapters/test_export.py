@@ -1,21 +1,28 @@
 """LoRA exports: what is written, the error that is stated, and what stock diffusers makes of it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from peft import inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from snell_diffusion.adapters import AdapterFile, read_adapter, save_adapter
+from snell_diffusion.adapters import (
+    AdapterFile,
+    adapter_file_bytes,
+    read_adapter,
+    save_adapter,
+)
 from snell_diffusion.adapters.export import EXPORT_KEY, layer_updates
 from snell_diffusion.adapters.export_lora import export_lora, factorize
 from snell_diffusion.adapters.export_merge import merge_adapter
 from snell_diffusion.errors import SnellaBaseError, SnellaFileError, SnellaValueError
-from snell_diffusion.tuners import DeltaLayer, delta_layers
+from snell_diffusion.tuners import DeltaLayer, SnellaConfig, delta_layers
 from tests.tiny_models import (
     adapt,
     flux_transformer,
@@ -118,7 +125,31 @@ def test_the_stated_error_is_that_of_the_file(file: AdapterFile, tmp_path: Path)
     assert noted["energy_kept"] == report.energy
     assert noted["adapter_digest"] == file.digest
     assert noted["layers"].keys() == deltas.keys()
-    assert texts["snella.instance_prompt"] == "a sks cat"
+    assert texts["snella.metadata.instance_prompt"] == "a sks cat"
+
+
+def test_no_export_passes_for_an_adapter(file: AdapterFile, tmp_path: Path) -> None:
+    """Whatever an adapter's author calls the entries of its metadata."""
+    notes = dict.fromkeys(("format", "header", "digest", "export"), "x")
+    header = file.header.model_copy(update={"metadata": notes})
+    path = tmp_path / "out.safetensors"
+    export_lora(replace(file, header=header), path, 1)
+    with safe_open(path, "pt") as opened:
+        texts = opened.metadata()
+    assert not {"snella.format", "snella.header", "snella.digest"} & texts.keys()
+    assert json.loads(texts[EXPORT_KEY])["rank"] == 1
+
+
+def test_layers_that_kohya_cannot_tell_apart_are_refused(tmp_path: Path) -> None:
+    model = nn.Module()
+    model.a, model.a_b = nn.Module(), nn.Module()
+    model.a.b_to_q, model.a_b.to_q = nn.Linear(4, 4), nn.Linear(4, 4)
+    inject_adapter_in_model(SnellaConfig(r=2, heads=2, target_modules=["b_to_q", "to_q"]), model)
+    file = read_adapter(adapter_file_bytes({"unet": model}))
+    with pytest.raises(SnellaValueError, match=r"one name, 'lora_unet_a_b_to_q\.lora_down"):
+        export_lora(file, tmp_path / "out.safetensors", 1, "kohya")
+    assert not list(tmp_path.iterdir())
+    assert len(export_lora(file, tmp_path / "out.safetensors", 1).layers) == 2
 
 
 def test_no_pair_of_that_rank_is_nearer() -> None:
