@@ -3,10 +3,13 @@
 import argparse
 import io
 import json
+import os
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from snell_diffusion.errors import SnellaError, SnellaValueError, printable
 
@@ -19,10 +22,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Prompts and paths may hold letters that the terminal's encoding lacks.
             stream.reconfigure(errors="backslashreplace")
     try:
-        return int(options.run(options))
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            status = int(options.run(options))
+        sys.stdout.flush()
+        return status
     except SnellaError as error:
         say(f"error: {error}", file=sys.stderr)
-        return 1
+    except BrokenPipeError:
+        # The reader of a pipe (`| head`) has seen enough; nothing is left to flush at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as one line; the place in our code that gave it tells a user nothing."""
+    say(f"warning: {message}", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:

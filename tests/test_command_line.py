@@ -1,5 +1,6 @@
 """`python -m snell_diffusion`: info on any file, and export in its three formats."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,34 @@ def test_what_is_no_adapter_says_what_it_looks_like(
     shown = capsys.readouterr().err
     assert shown.startswith(f"error: {page}: ")
     assert "it looks like HTML or XML" in shown
+
+
+def test_warnings_are_one_line_for_people(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import warnings
+
+    import snell_diffusion.adapters as adapters
+
+    def warn(path: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("save \x1b[2J it again", stacklevel=1)
+        raise SystemExit
+
+    monkeypatch.setattr(adapters, "read_adapter", warn)
+    with pytest.raises(SystemExit):
+        main(["info", str(adapter)])
+    assert capsys.readouterr().err == "warning: save \\x1b[2J it again\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`info FILE | head` closes the pipe."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        assert main(["info", str(adapter)]) == 1
+    assert "Traceback" not in capsys.readouterr().err

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from snell_diffusion.adapters.container import open_regular, parse_strict_json
 from snell_diffusion.adapters.export import EXPORT_KEY
-from snell_diffusion.adapters.limits import MAX_HEADER_BYTES
+from snell_diffusion.adapters.limits import MAX_HEADER_BYTES, WEIGHTS_NAME
 from snell_diffusion.adapters.schema import HEADER_KEY
 from snell_diffusion.errors import SnellaFileError, printable, shown
 
@@ -17,6 +17,16 @@ LOAD_LORA = "load it with pipe.load_lora_weights(file)"
 
 # (part of a tensor name, what such a file is, how to use it); the first that occurs decides.
 _KINDS = (
+    (
+        ".snella_A.",
+        "the adapter's tensors in a training checkpoint of ours",
+        f"continue it with resume_from_checkpoint; the adapter to load is the run's {WEIGHTS_NAME}",
+    ),
+    (
+        ".snella_method",
+        "the tensors of one, without its header",
+        "load it with pipe.load_snella_weights(safetensors.torch.load_file(file))",
+    ),
     ("lokr_", "a LoKr adapter of LyCORIS", "load it with LyCORIS or ComfyUI"),
     ("hada_", "a LoHa adapter of LyCORIS", "load it with LyCORIS or ComfyUI"),
     ("lora_unet_", "a LoRA with kohya's names (ComfyUI, A1111)", LOAD_LORA),

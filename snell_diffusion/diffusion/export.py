@@ -86,8 +86,9 @@ def _load(base: str, revision: str | None) -> Any:
             base, revision=revision, dtype=torch.float32, use_safetensors=True
         )
     except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0][:200]
         raise SnellaBaseError(
-            f"base {base!r} cannot be loaded ({str(error).splitlines()[0][:200]}): give "
+            f"base {base!r} cannot be loaded ({reason}): give "
             "'embedded', a diffusers folder with safetensors weights, or a hub id"
         ) from error
 

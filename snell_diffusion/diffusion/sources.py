@@ -109,7 +109,7 @@ def _inside(root: Path, folder: Path, name: str) -> Path:
         found = [item for item in there if item.endswith(".safetensors")]
         raise SnellaFileError(
             f"{root / folder / name}: no such file; safetensors files there: "
-            f"{shown(found) or 'none'}. Pass weight_name for another name"
+            f"{shown(found) or 'none'}. Name the file itself, or pass weight_name"
         )
     path = root / folder / name
     _refuse_outside(Path(os.path.realpath(path)), [top, *_blobs(top)], path, root)
@@ -150,9 +150,10 @@ def _download(repo: str, folder: Path, name: str, hub: dict[str, Any]) -> Path:
             repo, name, subfolder=None if folder == Path() else folder.as_posix(), **options
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).partition("\n")[0][:200]
         raise SnellaFileError(
             f"{repo} on the hub: {folder / name} could not be fetched "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:200]}); there is no such local "
+            f"({type(error).__name__}: {reason}); there is no such local "
             "path either. Check the name, weight_name, revision and the network"
         ) from error
     snapshot = Path(found).parents[len(folder.parts)]

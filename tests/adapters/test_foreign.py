@@ -12,6 +12,8 @@ from snell_diffusion.adapters.signatures import looks_like
 from snell_diffusion.errors import SnellaError
 
 FILES = {
+    "our checkpoint": ("unet.down_blocks.0.to_q.snella_A.default", "a training", "_checkpoint"),
+    "our tensors": ("unet.snella_method", "without its header", "load_snella_weights(saf"),
     "kohya": ("lora_unet_mid_block_to_q.lora_down.weight", "kohya", "load_lora_weights"),
     "kohya text": ("lora_te_text_model_q.alpha", "kohya", "load_lora_weights"),
     "diffusers": ("unet.mid_block.to_q.lora_A.weight", "diffusers and PEFT", "load_lora_weights"),

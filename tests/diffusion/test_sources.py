@@ -28,7 +28,7 @@ def test_files_and_folders(folder: Path) -> None:
 
 
 def test_a_missing_name_lists_what_is_there(folder: Path) -> None:
-    with pytest.raises(SnellaFileError, match=r"files there: other.safetensors\. Pass weight_name"):
+    with pytest.raises(SnellaFileError, match=r"files there: other.safetensors\. Name the file"):
         locate(folder, subfolder="sub")
     with pytest.raises(SnellaFileError, match=r"x\.safetensors: no such file; .*pytorch_snella"):
         locate(folder, "x.safetensors")
