@@ -120,7 +120,7 @@ def _entry(line: str, where: str) -> tuple[str, str]:
     try:
         entry = json.loads(line)
         name, text = entry["file_name"], entry["text"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         name, text = None, None
     if not (isinstance(name, str) and isinstance(text, str) and text.strip()):
         raise SnellaConfigError(

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.data import Photo, square
-from snell_diffusion.diffusion.decoding import PhotoError, open_photo
+from snell_diffusion.diffusion.decoding import PhotoError, read_photo
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.randomness import generator, item_at
 
@@ -87,7 +87,10 @@ def read_square(photo: Photo, config: TrainConfig, view: View) -> Tensor:
         SnellaConfigError: It is no longer what it was when the run began.
     """
     try:
-        return square(open_photo(photo.path), config.resolution, view.crop, view.flip)
+        picture, digest = read_photo(photo.path)
+        if digest != photo.digest:
+            raise PhotoError("holds other bytes than before")
+        return square(picture, config.resolution, view.crop, view.flip)
     except PhotoError as error:
         raise SnellaConfigError(
             f"photo '{photo.path}' {error}; it was fine when the run began: put it back"

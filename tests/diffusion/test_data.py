@@ -150,6 +150,7 @@ def test_captions(tmp_path: Path) -> None:
         ("a.txt", b"  \n", "a.png has an empty caption a.txt"),
         ("a.txt", b"\xff\xfe\x00", "a.png has a caption a.txt that is not UTF-8"),
         ("metadata.jsonl", b"{}\n", "metadata.jsonl line 1: expected"),
+        ("metadata.jsonl", b"[" * 100_000, "metadata.jsonl line 1: expected"),
         ("metadata.jsonl", b"\xff", "caption file .*metadata.jsonl is not UTF-8 text"),
         ("metadata.jsonl", b'{"file_name": "a.png", "text": 3}', "line 1: expected .* two texts"),
         ("metadata.jsonl", b'{"file_name": "b.png", "text": "x"}', "the folder holds no 'b.png'"),

@@ -93,6 +93,16 @@ def test_photos_that_vanish_are_named(tmp_path: Path) -> None:
         source.close()
 
 
+def test_a_photo_that_was_exchanged_is_named(tmp_path: Path) -> None:
+    """Trained on, it would make the run another one than its checkpoints say."""
+    source = reader(tmp_path, 0)
+    photos = sorted((tmp_path / "class").iterdir())
+    for photo in photos[1:]:
+        photo.write_bytes(photos[0].read_bytes())
+    with pytest.raises(SnellaConfigError, match=r"holds other bytes than before.*: put it back"):
+        _ = [source(step, 0) for step in (1, 2, 3)]
+
+
 def test_workers_leave_signals_to_the_training_process(tmp_path: Path) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach every process of a group."""
     source = reader(tmp_path, 2, steps=20)  # far more than what is read ahead
