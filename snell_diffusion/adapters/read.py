@@ -192,8 +192,8 @@ def _check_tensor_names(header: Header, names: Mapping[str, Any], source: str) -
     strangers = []
     for name in names:
         stem, _, short = name.rpartition(".")
-        # ASCII: a lone surrogate, which JSON can spell, has no bytes for the digest.
-        if stem in prefixes and short.startswith(prefixes[stem]) and short.isascii():
+        # Printable: a lone surrogate, which JSON can spell, has no bytes for the digest.
+        if stem in prefixes and short.startswith(prefixes[stem]) and short.isprintable():
             seen.add(stem)
         elif name not in methods:
             strangers.append(name)
