@@ -69,7 +69,6 @@ def complete_images(
         return
     recipe = {"prompt": prompt, "base": config.pretrained_model_name_or_path}
     check_recipe(folder, recipe)
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RECIPE, recipe)
     progress(present, wanted)
     while present < wanted:

@@ -33,7 +33,13 @@ from snell_diffusion.training.adapter_tensors import (
     evaluating,
     trainable_parameters,
 )
-from snell_diffusion.training.errors import CheckpointError, Interrupted, NonFiniteError
+from snell_diffusion.training.checkpoints import Checkpoint
+from snell_diffusion.training.errors import (
+    CheckpointError,
+    Interrupted,
+    NonFiniteError,
+    OutputError,
+)
 from snell_diffusion.training.files import write_text
 from snell_diffusion.training.finite import require_finite_weights
 from snell_diffusion.training.loop import train
@@ -106,8 +112,7 @@ class Trainer:
         self._parallel, self._stop, self._on_event = parallel, stop, on_event
         self._closing = ExitStack()
         self._notes: list[str] = photos.summary(config)
-        with parallel.accelerator.main_process_first():
-            checkpoint = folder.find_checkpoint(self._notes.append)
+        checkpoint = self._find_checkpoint()
         self._model = build_model(config, parallel.device, parallel)
         self._state = build_state(config, self._model.components, parallel)
         self._identity = identity(config, photos.digest(), self._model.base, parallel.world)
@@ -128,6 +133,18 @@ class Trainer:
             guidance=config.guidance_scale,
             seed=config.seed,
         )
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        """The main process first: it may have to put back what a killed run left half renamed."""
+        main = self._parallel.main
+        if not main:
+            self._parallel.wait()
+        try:
+            return self._folder.find_checkpoint(self._notes.append)
+        finally:
+            # Also after an error: the others then find its reason, and not a lost connection.
+            if main:
+                self._parallel.wait()
 
     def run(self) -> RunResult:
         """Write the run folder, train, leave the adapter."""
@@ -239,7 +256,11 @@ class Trainer:
 
     def _require_not_stopped(self) -> None:
         if self._stop.signum is not None and self._parallel.world == 1:
-            raise Interrupted(self._stop.signum, f"stopped before step {self._state.step + 1}")
+            raise Interrupted(
+                self._stop.signum,
+                f"stopped before step {self._state.step + 1}; continue with "
+                f"--resume_from_checkpoint auto",
+            )
 
     def _train(self) -> None:
         self._require_not_stopped()
@@ -300,6 +321,8 @@ class Trainer:
             return f"The last good state is kept in {self._folder.checkpoints.path(self._saved)}"
         try:
             return f"The last good state is kept in {self._save_checkpoint()}"
+        except (CheckpointError, OutputError) as error:
+            return f"The last good state could not be saved: {error}"
         except NonFiniteError:
             steps = self._folder.checkpoints.steps()
             if steps:

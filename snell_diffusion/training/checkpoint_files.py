@@ -38,6 +38,11 @@ def read_manifest(folder: Path) -> Manifest:
         CheckpointError: It is missing, damaged, of another format, or names files elsewhere.
     """
     path = folder / "manifest.json"
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"there is no checkpoint folder {folder}; name one in full, such as "
+            f"<output_dir>/checkpoints/step-000100, or use 'latest'"
+        )
     if not os.path.lexists(path):
         raise CheckpointError(f"checkpoint {folder} is not complete: it has no manifest.json")
     table = parse_json(path, _read(path, MAX_JSON_BYTES))

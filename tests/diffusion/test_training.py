@@ -20,10 +20,16 @@ import snell_diffusion  # noqa: F401  adds load_snella_weights to the pipeline
 from snell_diffusion.diffusion import training
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.config_files import make_config, read_config
+from snell_diffusion.diffusion.prior import complete_images
 from snell_diffusion.diffusion.training import RunResult, run
 from snell_diffusion.errors import SnellaBaseError, SnellaConfigError
 from snell_diffusion.training.checkpoints import CheckpointFolder
-from snell_diffusion.training.errors import CheckpointError, Interrupted, NonFiniteError
+from snell_diffusion.training.errors import (
+    CheckpointError,
+    Interrupted,
+    NonFiniteError,
+    OutputError,
+)
 from snell_diffusion.training.tracking import read_log
 from tests import tiny_models
 from tests.diffusion.training_runs import CLASS_PROMPT, PROMPT, SIDE, config, write_photos
@@ -292,13 +298,25 @@ def test_resume_with_other_class_images_is_refused(full: Any, tmp_path: Path) ->
         run(again)
 
 
+def test_class_images_that_cannot_be_kept_are_a_clean_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    settings = TrainConfig(
+        instance_data_dir="x",
+        instance_prompt="x",
+        with_prior_preservation=True,
+        class_prompt=CLASS_PROMPT,
+    )
+    with pytest.raises(OutputError, match=r"generated.json could not be written: Not a directory"):
+        complete_images(settings, tmp_path / "file" / "class", None, print)  # type: ignore[arg-type]
+
+
 def test_resume_needs_a_checkpoint_unless_auto(tiny_base: Path, tmp_path: Path) -> None:
     settings = config(tiny_base, tmp_path, max_train_steps=1)
     with pytest.raises(
         CheckpointError, match=r"'latest', but .* holds no valid checkpoint; use 'au"
     ):
         run(replace(settings, resume_from_checkpoint="latest"))
-    with pytest.raises(CheckpointError, match=r"nowhere is not complete: it has no manifest.json"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint folder nowhere; name one in full"):
         run(replace(settings, resume_from_checkpoint="nowhere"))
     assert not (tmp_path / "run").exists()
     assert run(replace(settings, resume_from_checkpoint="auto")).adapter_path is not None

@@ -103,6 +103,18 @@ def test_processes_that_start_from_different_files_stop(tiny_base: Path, tmp_pat
     assert not Path(settings.output_dir).exists()
 
 
+def test_a_checkpoint_that_is_refused_is_named_by_every_process(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    """The first process looks first; the others must not end with a lost connection."""
+    settings = run_of(tiny_base, tmp_path, resume_from_checkpoint=str(tmp_path / "nowhere"))
+    for process in train_on(2, settings):
+        assert process.code == 2, process.said[-3000:]
+        assert "CheckpointError: there is no checkpoint folder " in process.said
+        assert "Traceback" not in process.said
+    assert not Path(settings.output_dir).exists()
+
+
 @pytest.mark.row("D7")
 def test_nan_on_one_process_stops_all_before_the_update(
     tiny_base: Path, tmp_path: Path, undisturbed: Path, row: Any

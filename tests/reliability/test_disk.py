@@ -16,6 +16,7 @@ from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.training.checkpoints import CheckpointFolder
 from snell_diffusion.training.errors import CheckpointError
 from tests.diffusion.training_runs import PROMPT
+from tests.distributed.faults import spoil_loss
 from tests.reliability import harness
 from tests.reliability.harness import Outcome, published, require_same_result, resumed, small_run
 
@@ -157,6 +158,23 @@ def test_no_space_for_a_sample_sheet(tiny_base: Path, tmp_path: Path) -> None:
     why = os.strerror(errno.ENOSPC)
     assert any(f"step-000000.png could not be written: {why}; the disk" in note for note in notes)
     assert harness.litter(tmp_path / "run") == []
+
+
+def test_no_space_for_the_last_good_state(tiny_base: Path, tmp_path: Path) -> None:
+    """NaN is why the run ended, and stays the reason and the exit code that are told."""
+
+    def install() -> None:
+        def full(self: CheckpointFolder, *content: Any) -> Path:
+            raise CheckpointError("the disk is full")
+
+        CheckpointFolder.save = full  # type: ignore[method-assign]
+        spoil_loss(2)
+
+    settings = small_run(tiny_base, tmp_path, checkpointing_steps=None)
+    outcome = harness.run_script(settings, install)
+    assert outcome.code == 3, outcome.said[-3000:]
+    assert "the loss is nan at step 2, " in outcome.said
+    assert "The last good state could not be saved: the disk is full" in outcome.said
 
 
 # -- no permission --------------------------------------------------------------------------------
