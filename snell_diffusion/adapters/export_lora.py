@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from snell_diffusion.adapters.container import encode, write_atomic
+from snell_diffusion.adapters.atomic import write_atomic
+from snell_diffusion.adapters.container import encode
 from snell_diffusion.adapters.export import (
     EXPORT_KEY,
     ExportReport,

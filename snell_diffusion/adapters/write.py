@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from snell_diffusion.adapters import limits
+from snell_diffusion.adapters.atomic import write_atomic
 from snell_diffusion.adapters.bare import method_tensor
-from snell_diffusion.adapters.container import encode, write_atomic
+from snell_diffusion.adapters.container import encode
 from snell_diffusion.adapters.identity import config_hash
 from snell_diffusion.adapters.schema import (
     DIGEST_KEY,
@@ -29,7 +30,7 @@ from snell_diffusion.adapters.state import (
     layer_row,
     method_name,
 )
-from snell_diffusion.errors import SnellaConfigError, SnellaValueError, shown
+from snell_diffusion.errors import SnellaConfigError, SnellaSchemaError, SnellaValueError, shown
 
 __all__ = ["adapter_file_bytes", "describe", "save_adapter", "state_with_header", "target_file"]
 
@@ -88,6 +89,11 @@ def adapter_file_bytes(
     """The file of `save_adapter` as bytes; equal adapters give equal bytes."""
     header, tensors = describe(components, adapter_name, metadata, base, dtype)
     text = header.to_json()
+    if text.count(",") >= limits.MAX_FIELDS:  # as the reader counts them
+        raise SnellaSchemaError(
+            f"adapter {adapter_name!r}: expected at most {limits.MAX_FIELDS:,} values in the "
+            f"header, commas in texts included, got {text.count(','):,}; {WRITING}"
+        )
     texts = {
         "format": "pt",
         FORMAT_KEY: limits.FORMAT,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from snell_diffusion.adapters.container import sync_folder
+from snell_diffusion.adapters.atomic import sync_folder
 from snell_diffusion.adapters.export import ExportReport, export_dtype
 from snell_diffusion.adapters.export_merge import merge_adapter
 from snell_diffusion.adapters.read import AdapterFile

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from snell_diffusion.adapters.container import sync_folder
+from snell_diffusion.adapters.atomic import sync_folder
 from snell_diffusion.adapters.disk import disk_of
 from snell_diffusion.training.errors import OutputError
 

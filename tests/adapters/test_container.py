@@ -1,7 +1,6 @@
 """The container: the safetensors library and we read each other, and every damage is named."""
 
 import os
-import stat
 import struct
 from pathlib import Path
 from typing import Any
@@ -181,40 +180,11 @@ def test_other_dtypes_are_not_written() -> None:
         container.encode({"t": torch.zeros(1, dtype=torch.int64)}, {})
 
 
+def test_more_values_than_a_reader_takes_are_not_written() -> None:
+    with pytest.raises(SnellaFileError, match=r"131,072 values, got 0, .* and 200,00"):
+        container.encode({}, {"note": "," * 200_000})
+
+
 def test_a_header_beyond_the_limit_is_not_written() -> None:
     with pytest.raises(SnellaFileError, match="at most 16,384 tensors and a header of 4,194,304"):
         container.encode({}, {"note": "x" * MAX_HEADER_BYTES})
-
-
-def test_write_makes_folders_and_leaves_one_file_with_the_usual_mode(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "folder" / "a.safetensors"
-    before = os.umask(0o027)
-    try:
-        container.write_atomic(path, b"123")
-    finally:
-        os.umask(before)
-    assert path.read_bytes() == b"123"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o640
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(b"old")
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(SnellaFileError, match=r"3 bytes could not be written .No space left"):
-        container.write_atomic(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(SnellaFileError, match=r"file/a\.safetensors: cannot be written"):
-        container.write_atomic(tmp_path / "file" / "a.safetensors", b"")

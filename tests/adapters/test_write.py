@@ -202,3 +202,9 @@ def test_a_level_below_what_a_file_holds_is_not_written() -> None:
 def test_a_safety_checker_is_no_component_of_an_adapter(adapted: Components) -> None:
     with pytest.raises(SnellaSchemaError, match=r"'safety_checker', which no adapter may change"):
         adapter_file_bytes({"safety_checker": adapted["text_encoder"]})
+
+
+def test_texts_of_commas_beyond_what_a_reader_takes_are_not_written(adapted: Components) -> None:
+    notes = {f"n{index}": "," * 2048 for index in range(40)}
+    with pytest.raises(SnellaSchemaError, match=r"at most 65,536 values .*nothing was written"):
+        adapter_file_bytes(adapted, metadata=notes)

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from snell_diffusion.adapters.container import write_atomic
+from snell_diffusion.adapters.atomic import write_atomic
 from snell_diffusion.training import files
 from snell_diffusion.training.errors import OutputError
 
