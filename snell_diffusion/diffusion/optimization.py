@@ -1,10 +1,11 @@
 """Optimizer, schedule, competition and devices of a run, from its config."""
 
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.setup import ADAPTER
@@ -15,6 +16,8 @@ from snell_diffusion.training.loop import LoopSettings, TrainState
 from snell_diffusion.training.optimizers import make_optimizer
 from snell_diffusion.training.parallel import Parallel, start
 from snell_diffusion.tuners import Competition, SnellaConfig, param_groups
+
+_LONGEST_WAIT = timedelta(hours=6)
 
 
 def parameter_groups(config: TrainConfig, components: Components) -> list[dict[str, Any]]:
@@ -115,6 +118,8 @@ def start_processes(config: TrainConfig) -> Parallel:
             mixed_precision=config.mixed_precision,
             log_with=None if config.report_to == "none" else config.report_to,
             project_config=ProjectConfiguration(config.output_dir, f"{config.output_dir}/logs"),
+            # The first process draws class images and writes files while the others wait for it.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],
         )
 
     return start(make_accelerator)

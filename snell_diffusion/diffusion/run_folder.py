@@ -79,14 +79,7 @@ class RunFolder:
         Raises:
             SnellaConfigError: Says which, and what to do.
         """
-        status = self._status()
-        pid = status.get("pid")
-        ended = status.get("state") in ("finished", "stopped", "failed")
-        if not ended and self._is_another(pid, status.get("created")):
-            raise SnellaConfigError(
-                f"run folder '{self.path}' is in use by process {pid}; wait, stop it, or choose "
-                f"another output_dir"
-            )
+        self._require_unused()
         if self.config.resume_from_checkpoint or self.config.overwrite:
             return
         found = [name for name in (*FILES, "checkpoints") if (self.path / name).exists()]
@@ -95,6 +88,16 @@ class RunFolder:
                 f"run folder '{self.path}' holds an earlier run ({', '.join(found[:4])}); choose "
                 f"another output_dir, continue it with --resume_from_checkpoint latest, or replace "
                 f"it with --overwrite"
+            )
+
+    def _require_unused(self) -> None:
+        status = self._status()
+        pid = status.get("pid")
+        ended = status.get("state") in ("finished", "stopped", "failed")
+        if not ended and self._is_another(pid, status.get("created")):
+            raise SnellaConfigError(
+                f"run folder '{self.path}' is in use by process {pid}; wait, stop it, or choose "
+                f"another output_dir"
             )
 
     @staticmethod
@@ -118,8 +121,10 @@ class RunFolder:
         says whether they still fit.
 
         Raises:
+            SnellaConfigError: Another run took the folder while this one was loading.
             OutputError: The disk does not let us.
         """
+        self._require_unused()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -44,6 +44,7 @@ from snell_diffusion.training.files import write_text
 from snell_diffusion.training.finite import require_finite_weights
 from snell_diffusion.training.loop import train
 from snell_diffusion.training.parallel import Parallel, digest_of
+from snell_diffusion.training.parallel.launcher import launcher_pid
 from snell_diffusion.training.signals import StopRequest
 from snell_diffusion.training.tracking import Event, Tracker, cut_log, peak_memory
 
@@ -76,7 +77,7 @@ def run(config: TrainConfig, on_event: OnEvent | None = None) -> RunResult:
     _require_tracker(config)
     parallel = start_processes(config)
     try:
-        with StopRequest() as stop:
+        with StopRequest(launcher_pid()) as stop:
             if config.dry_run:
                 return dry_run(config, photos, parallel, stop, on_event)
             return Trainer(config, folder, photos, parallel, stop, on_event).run()

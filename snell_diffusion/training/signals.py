@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM end a run between two steps, after its state is saved."""
 
+import os
 import signal
 import threading
 import time
@@ -19,12 +20,23 @@ class StopRequest:
 
     Signals reach only a process's main thread: in another thread this notes nothing, and `request`
     takes its place.
+
+    Args:
+        launcher: Parent process whose end counts as SIGTERM, because it does not pass that on.
     """
 
-    def __init__(self) -> None:
-        self.signum: int | None = None
+    def __init__(self, launcher: int | None = None) -> None:
+        self._signum: int | None = None
+        self._launcher = launcher
         self._noted = 0.0
         self._previous: dict[int, object] = {}
+
+    @property
+    def signum(self) -> int | None:
+        """The signal that asked for the end of the run; None while nothing did."""
+        if self._signum is None and self._launcher is not None and os.getppid() != self._launcher:
+            self.request(signal.SIGTERM)
+        return self._signum
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
@@ -32,7 +44,7 @@ class StopRequest:
         return self
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is None:
+        if self._signum is None:
             self._noted = time.monotonic()
             self.request(signum)
         elif signum == signal.SIGINT and time.monotonic() - self._noted > _ONE_REQUEST_SECONDS:
@@ -41,7 +53,7 @@ class StopRequest:
 
     def request(self, signum: int = signal.SIGINT) -> None:
         """Ask the run to stop after the current step."""
-        self.signum = signum
+        self._signum = signum
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():

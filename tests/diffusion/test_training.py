@@ -371,6 +371,24 @@ def test_a_folder_in_use_is_refused(tiny_base: Path, tmp_path: Path) -> None:
         run(settings)
 
 
+def test_a_folder_taken_while_the_model_loads_is_refused(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(tiny_base, tmp_path, overwrite=True)
+    status = tmp_path / "run" / "status.json"
+    load = training.build_model
+
+    def slow(*arguments: Any) -> Any:
+        status.parent.mkdir()
+        status.write_text(json.dumps({"pid": 1, "state": "training"}))
+        return load(*arguments)
+
+    monkeypatch.setattr(training, "build_model", slow)
+    with pytest.raises(SnellaConfigError, match="is in use by process 1; wait, stop it, or choose"):
+        run(settings)
+    assert [path.name for path in status.parent.iterdir()] == ["status.json"]
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [

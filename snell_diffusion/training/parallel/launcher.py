@@ -62,6 +62,16 @@ def find_launch() -> Launch | None:
     return None
 
 
+def launcher_pid() -> int | None:
+    """The parent process, if it is an `accelerate launch`; None if it is not or cannot be seen."""
+    parent = os.getppid()
+    try:
+        found = launch_arguments(psutil.Process(parent).cmdline())
+    except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
+        return None
+    return None if found is None else parent
+
+
 def launch_arguments(words: Sequence[str]) -> list[str] | None:
     """The part of a command line after `accelerate launch`; None if it is something else."""
     for place, word in enumerate(words[:4]):
