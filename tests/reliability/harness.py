@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 
 import train_dreambooth_snella
 from snell_diffusion.diffusion.config import TrainConfig
@@ -86,6 +87,7 @@ def start(work: Work, log: Path) -> int:
         return pid
     code = CRASHED
     try:
+        AcceleratorState._reset_state(reset_partial_state=True)  # of other tests of the parent
         gc.freeze()  # a collection must not walk, and so copy, the memory of the parent
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(descriptor, 1)
