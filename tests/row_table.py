@@ -59,6 +59,8 @@ def _row(name: str, claim: Claim, result: dict[str, Any], seen: dict[str, bool] 
     )
     failed = f"{sum(seen.values())} of {len(seen)}" if seen else "-"
     option = " -m full" if claim.full_count and not claim.count else ""
+    if not figures and result:
+        figures = "no case failed" if not any(t["failed"] for t in result.values()) else "-"
     cells = [name, claim.claim, claim.how, counts or "not run", figures or "-", failed]
     return f"| {' | '.join(cells)} | `pytest {claim.files}{option}` |\n"
 
