@@ -2,8 +2,8 @@
 """Personalize a text-to-image model from a few photos with SNELLA.
 
     accelerate launch train_dreambooth_snella.py --config configs/dreambooth/demo.yaml
-    accelerate launch train_dreambooth_snella.py --base embedded --instance_data_dir photos \\
-        --instance_prompt "a photo of a sks cat" --output_dir runs/cat
+    accelerate launch train_dreambooth_snella.py --base embedded --resolution 64 \\
+        --instance_data_dir photos --instance_prompt "a photo of a sks cat" --output_dir runs/cat
 
 Exit codes: 0 finished, 2 bad input (nothing was replaced), 3 the loss became NaN or infinite (the
 last good state is kept), 4 the processes of the run disagree, 130 or 143 stopped by SIGINT or
