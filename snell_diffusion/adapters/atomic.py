@@ -9,7 +9,7 @@ from pathlib import Path
 from snell_diffusion.adapters.disk import disk_of
 from snell_diffusion.errors import SnellaFileError
 
-__all__ = ["sync_folder", "write_atomic"]
+__all__ = ["sync_path", "write_atomic"]
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -33,7 +33,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.fchmod(stream.fileno(), 0o666 & ~_umask())
             os.fsync(stream.fileno())
             os.replace(temporary, path)  # while it is locked
-        sync_folder(path.parent)
+        sync_path(path.parent)
     except OSError as error:
         raise SnellaFileError(
             f"{path}: {len(data)} bytes could not be written ({error.strerror}); "
@@ -86,9 +86,9 @@ def _umask() -> int:
     return mask
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, so that a rename inside it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Flush a file, or a folder's entries, to disk: what is renamed after survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

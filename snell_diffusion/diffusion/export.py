@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from snell_diffusion.adapters.atomic import sync_folder
+from snell_diffusion.adapters.atomic import sync_path
 from snell_diffusion.adapters.export import ExportReport, export_dtype
 from snell_diffusion.adapters.export_merge import merge_adapter
 from snell_diffusion.adapters.read import AdapterFile
@@ -102,7 +102,7 @@ def _publish(pipe: Any, target: Path, report: ExportReport) -> None:
             _hide_paths(made)
             (made / REPORT_NAME).write_text(report.to_json() + "\n", "utf-8")
             for path in (*made.rglob("*"), made):
-                _flush(path)
+                sync_path(path)
             _replace(made, target, Path(scratch) / "old")
     except OSError as error:
         raise SnellaFileError(
@@ -130,13 +130,4 @@ def _replace(made: Path, target: Path, aside: Path) -> None:
         if aside.exists():
             aside.rename(target)
         raise
-    sync_folder(target.parent)
-
-
-def _flush(path: Path) -> None:
-    """To the disk, before the rename makes it count."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_path(target.parent)

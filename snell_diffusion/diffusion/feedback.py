@@ -37,7 +37,6 @@ class RunFeedback:
         drift: Class images for the drift from the base, or None.
         sampler: Draws pictures.
         parallel: The processes, and the precision of the run.
-        draws: Whether this process takes part in drawing; only the main one writes pictures.
     """
 
     def __init__(
@@ -50,12 +49,11 @@ class RunFeedback:
         drift: Probe | None,
         sampler: Sampler,
         parallel: Parallel,
-        draws: bool,
     ) -> None:
         self._config, self._folder, self._state = config, folder, state
         self._tracker, self._sampler = tracker, sampler
         self._held_out, self._drift = held_out, drift
-        self._parallel, self._draws = parallel, draws
+        self._parallel = parallel
         self._base_loss: float | None = None
         self._kept_share: float | None = None
         self._loss: float | None = None
@@ -149,7 +147,8 @@ class RunFeedback:
 
     def _draw(self, step: int) -> None:
         prompts, count = self._config.prompts, self._config.num_validation_images
-        if not prompts or not self._draws:
+        # The others help where a forward pass needs them; only the main process writes.
+        if not prompts or not (self._parallel.main or self._parallel.shares_forward):
             return
         self._tracker.status("sampling")
         columns, indices = prompts * count, [i for i in range(count) for _ in prompts]

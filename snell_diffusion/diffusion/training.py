@@ -217,7 +217,6 @@ class Trainer:
             drift,
             self._sampler,
             self._parallel,
-            draws=self._parallel.main or self._parallel.shares_forward,
         )
         if self._state.step == 0:
             self._feedback.after(0)

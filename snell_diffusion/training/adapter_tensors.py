@@ -40,6 +40,13 @@ def trainable_parameters(components: Components) -> dict[str, nn.Parameter]:
     }
 
 
+def adapter_parameters(components: Components) -> list[nn.Parameter]:
+    """Every adapter's parameters, those included that a method freezes."""
+    tensors = (*adapter_tensors(components).values(), *trainable_parameters(components).values())
+    found = {tensor: None for tensor in tensors if isinstance(tensor, nn.Parameter)}
+    return list(found)
+
+
 @torch.no_grad()
 def copy_adapter_tensors(components: Components, values: Mapping[str, Tensor]) -> None:
     """Set every adapter tensor in place.

@@ -29,11 +29,11 @@ from snell_diffusion.training.checkpoint_files import (
 )
 from snell_diffusion.training.errors import CheckpointError
 from snell_diffusion.training.files import (
+    abandoned,
     cannot_write,
-    process_alive,
     remove,
     sweep,
-    sync_folder,
+    sync_path,
     temporary_name,
 )
 
@@ -126,14 +126,14 @@ class CheckpointFolder:
             written[name] = _write(folder / name, save_tensors(plain, {"step": str(step)}))
         written["state.json"] = _write(folder / "state.json", json.dumps(state).encode())
         _write(folder / "manifest.json", Manifest(step, written).to_json())
-        sync_folder(folder)
+        sync_path(folder)
 
     def _publish(self, temporary: Path, final: Path) -> None:
         replaced = self.root / temporary_name(f"replaced-{final.name}")
         if final.exists():
             final.rename(replaced)
         temporary.rename(final)
-        sync_folder(self.root)
+        sync_path(self.root)
         remove(replaced)
 
     def _prune(self, keep: int) -> None:
@@ -162,7 +162,7 @@ class CheckpointFolder:
             return
         for entry in self.root.iterdir():
             match = _REPLACED.fullmatch(entry.name)
-            if match and (int(match[1]) == os.getpid() or not process_alive(int(match[1]))):
+            if match and abandoned(int(match[1])):
                 final = self.root / match[2]
                 if not final.exists():
                     entry.rename(final)

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from snell_diffusion.adapters.atomic import sync_folder
+from snell_diffusion.adapters.atomic import sync_path
 from snell_diffusion.adapters.disk import disk_of
 from snell_diffusion.training.errors import OutputError
 
@@ -64,11 +64,19 @@ def temporary_name(name: str) -> str:
     return f".tmp-{os.getpid()}-{name}"
 
 
+def abandoned(pid: int) -> bool:
+    """Whether nobody works on what is named after this process id any more.
+
+    What is under this process's own id counts too, for in a container every run has the same id:
+    ask this only before this process writes there.
+    """
+    return pid in (0, os.getpid()) or not process_alive(pid)
+
+
 def sweep(folder: Path) -> None:
     """Remove the unfinished files and folders of dead processes from `folder` (no subfolders).
 
-    Those under this process's own id go too, for in a container every run has the same id: call
-    this only before this process writes there.
+    Those under this process's own id go too, see `abandoned`.
 
     Raises:
         OutputError: Something cannot be removed.
@@ -77,7 +85,7 @@ def sweep(folder: Path) -> None:
         return
     for entry in folder.iterdir():
         match = _TEMPORARY.fullmatch(entry.name)
-        if match and (int(match[1]) in (0, os.getpid()) or not process_alive(int(match[1]))):
+        if match and abandoned(int(match[1])):
             remove(entry)
 
 
@@ -123,7 +131,7 @@ def write_with(path: Path, write: Callable[[Path], object], *, durable: bool = T
                 os.fsync(file.fileno())
         temporary.replace(path)
         if durable:
-            sync_folder(path.parent)
+            sync_path(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from snell_diffusion.errors import SnellaConfigError
-from snell_diffusion.training.adapter_tensors import adapter_tensors, trainable_parameters
+from snell_diffusion.training.adapter_tensors import adapter_parameters
 from snell_diffusion.training.parallel.base import Parallel
 
 _REFUSED = {
@@ -59,14 +59,7 @@ class ShardedBase(Parallel):
         self._classes: dict[nn.Module, type[nn.Module]] = {}
 
     def place(self, components: Mapping[str, nn.Module]) -> None:
-        whole = {
-            tensor
-            for tensor in (
-                *adapter_tensors(components).values(),
-                *trainable_parameters(components).values(),
-            )
-            if isinstance(tensor, nn.Parameter)
-        }
+        whole = set(adapter_parameters(components))
         for parameter in whole:
             parameter.data = parameter.data.to(self.device)
         mesh = init_device_mesh(self.device.type, (self.world,))

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from snell_diffusion.errors import SnellaConfigError
-from snell_diffusion.training.adapter_tensors import adapter_tensors, trainable_parameters
+from snell_diffusion.training.adapter_tensors import adapter_parameters
 from snell_diffusion.training.parallel.base import Parallel
 from snell_diffusion.training.parallel.zero_config import read_settings, require_entrywise
 
@@ -101,13 +101,6 @@ class Zero(Parallel):
 
         for parameter in parameters:
             parameter.grad = safe_get_full_grad(parameter).detach().clone()
-
-
-def adapter_parameters(components: Mapping[str, nn.Module]) -> list[nn.Parameter]:
-    """Every adapter's parameters, those included that a method freezes."""
-    tensors = (*adapter_tensors(components).values(), *trainable_parameters(components).values())
-    found = {tensor: None for tensor in tensors if isinstance(tensor, nn.Parameter)}
-    return list(found)
 
 
 class _Models(nn.Module):
