@@ -13,8 +13,8 @@ from torch import Tensor
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.data import Photo, to_unit
 from snell_diffusion.diffusion.families import Conditions
-from snell_diffusion.diffusion.losses import stratified_timesteps, uniform_timesteps
 from snell_diffusion.diffusion.setup import Model
+from snell_diffusion.diffusion.timesteps import stratified_quantiles
 from snell_diffusion.diffusion.views import CENTRE, Draws, PixelReader, View, read_square
 from snell_diffusion.training.randomness import generator, normal
 
@@ -135,6 +135,12 @@ def finite_rows(tensor: Tensor) -> list[bool]:
     return sound
 
 
+def square_geometry(count: int, size: int, device: torch.device) -> Tensor:
+    """Conditions["geometry"] of whole square pictures, [count, 6]."""
+    row = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32, device=device)
+    return row.expand(count, -1)
+
+
 @dataclass(frozen=True)
 class Concept:
     """Photos that share a purpose (instance or class): their stream and their latents."""
@@ -163,7 +169,7 @@ class Batches:
         reader: PixelReader,
     ) -> None:
         self._config, self._concepts, self._text = config, concepts, text
-        self._num_timesteps = model.objective.num_timesteps
+        self._objective = model.objective
         self._device, self._reader = model.device, reader
 
     def __call__(self, step: int, micro: int) -> Batch:
@@ -181,7 +187,10 @@ class Batches:
             latents=torch.stack(latents).to(self._device),
             noise=torch.stack(noise).to(self._device),
             timesteps=torch.cat(timesteps).to(self._device),
-            conditions=self._text(prompts),
+            conditions={
+                **self._text(prompts),
+                "geometry": square_geometry(len(prompts), self._config.resolution, self._device),
+            },
             instances=self._concepts[0].draws.batch,
         )
 
@@ -215,10 +224,9 @@ class Batches:
     def _timesteps(self, draws: Draws, step: int, micro: int) -> Tensor:
         count = draws.batch * draws.world
         seeded = generator(self._config.seed, f"{draws.name}-timestep", step, micro)
-        draw = torch.rand(count, generator=seeded)
+        quantiles = torch.rand(count, generator=seeded)
         if self._config.timestep_sampling == "stratified":
-            timesteps = stratified_timesteps(count, self._num_timesteps, draw)
-        else:
-            timesteps = uniform_timesteps(self._num_timesteps, draw)
+            quantiles = stratified_quantiles(quantiles)
         places = draws.places()
-        return timesteps[places.start : places.stop]
+        mine = quantiles[places.start : places.stop]
+        return self._objective.timesteps(mine, self._config.resolution**2)

@@ -4,6 +4,7 @@ Field names are the flag names of the diffusers training scripts. Each field's h
 range and unit; the command line, the configuration reference and the app are generated from them.
 """
 
+import math
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from snell_diffusion.adapters import limits
+from snell_diffusion.diffusion.timesteps import WeightingScheme
 
 Count = Annotated[int, Field(ge=1)]
 Rank = Annotated[int, Field(ge=1, le=limits.MAX_RANK)]
@@ -18,6 +20,7 @@ Heads = Annotated[int, Field(ge=1, le=limits.MAX_HEADS)]
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 _FROZEN: Any = {"frozen": True, "kw_only": True, "config": {"extra": "forbid"}}
@@ -205,10 +208,27 @@ class Optimization:
     )
     max_grad_norm: NotNegative = _help(1.0, "Gradient norm above which is clipped; 0 = never.")
     snr_gamma: Positive | None = _help(
-        None, "Min-SNR weight (arXiv:2303.09556), about 5. Default: every timestep weighs the same."
+        None,
+        "Min-SNR weight (arXiv:2303.09556), about 5, for models that predict noise or v. Default: "
+        "every timestep weighs the same.",
+    )
+    weighting_scheme: WeightingScheme | None = _help(
+        None,
+        "Flow models (SD 3, FLUX, ...): logit_normal or mode draw the middle of the paths more "
+        "often, cosmap and sigma_sqrt weigh the loss (arXiv:2403.03206). Default: the family's.",
+    )
+    logit_mean: Finite = _help(0.0, "Mean of logit_normal.")
+    logit_std: Positive = _help(1.0, "Standard deviation of logit_normal, above 0.")
+    mode_scale: Annotated[float, Field(ge=-1, le=2 / (math.pi - 2))] = _help(
+        1.29, "Scale of mode, -1 to 1.75; above 0 favours the middle."
+    )
+    timestep_shift: Positive | None = _help(
+        None,
+        "Flow models: shift of the timesteps, above 0; more than 1 = noisier. Default: the shift "
+        "that the base's scheduler samples with at this resolution.",
     )
     timestep_sampling: Literal["uniform", "stratified"] = _help(
-        "stratified", "Training timesteps: stratified spreads each batch over the whole range."
+        "stratified", "Training timesteps: stratified spreads each batch over their density."
     )
     ema_decay: Decay | None = _help(
         None, "Keep and save an exponential average of the adapter with this decay, 0 to below 1."

@@ -1,4 +1,4 @@
-"""What a denoiser is trained to predict, and how much each timestep counts.
+"""What a denoiser is trained to predict, and how much each timestep counts. Flow models: flow.py.
 
     x_t = a_t x_0 + s_t e,  a_t = sqrt(abar_t), s_t = sqrt(1 - abar_t)   arXiv:2006.11239, eq. 4
     epsilon: target e       v: target a_t e - s_t x_0                     arXiv:2202.00512, sec. 4
@@ -7,12 +7,41 @@
 Shapes: latents and noise [B, C, H, W]; timesteps [B], integers, 0 to 999.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from snell_diffusion.diffusion.timesteps import TimestepSettings
+from snell_diffusion.errors import SnellaConfigError
+
+_PLAIN = TimestepSettings()
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+class Objective(Protocol):
+    """What a family's denoiser learns.
+
+    Attributes:
+        num_timesteps: Length of the schedule; timesteps lie between 0 and this.
+    """
+
+    num_timesteps: int
+
+    def timesteps(self, quantiles: Tensor, pixels: int) -> Tensor:
+        """Draw from the sampling density: quantiles [B] in [0, 1) -> timesteps [B].
+
+        `pixels` is height times width of the training picture, which some shifts depend on.
+        """
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The noisy latents, same shape as `latents` [B, ...]."""
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser should return for them, same shape."""
+
+    def weight(self, timesteps: Tensor) -> Tensor:
+        """Weight of each sample's squared error, [B]."""
 
 
 class DiffusionObjective:
@@ -22,15 +51,29 @@ class DiffusionObjective:
         alphas_cumprod: abar_t for every timestep, [T], 0 to 1 (0 where the terminal SNR is zero).
         prediction: One of `PREDICTIONS`.
         device: Where the tables live.
+        settings: Weight of the timesteps.
+
+    Raises:
+        SnellaConfigError: A setting that only flow models have.
     """
 
     def __init__(
-        self, alphas_cumprod: Tensor, prediction: str, device: torch.device | str = "cpu"
+        self,
+        alphas_cumprod: Tensor,
+        prediction: str,
+        device: torch.device | str = "cpu",
+        settings: TimestepSettings = _PLAIN,
     ) -> None:
         if prediction not in PREDICTIONS:
             raise ValueError(
                 f"the base's prediction_type is '{prediction}'; known: {', '.join(PREDICTIONS)}"
             )
+        if settings.weighting_scheme not in (None, "none") or settings.shift is not None:
+            raise SnellaConfigError(
+                "weighting_scheme and timestep_shift are for flow models; this base predicts "
+                f"{prediction}: leave them out, or use snr_gamma"
+            )
+        self._snr_gamma = settings.snr_gamma
         abar = alphas_cumprod.double()
         self.prediction = prediction
         self.num_timesteps = len(abar)
@@ -39,9 +82,18 @@ class DiffusionObjective:
         self._snr = (abar / (1 - abar).clamp_min(1e-20)).float().to(device)
 
     @classmethod
-    def of(cls, scheduler: Any, device: torch.device | str = "cpu") -> "DiffusionObjective":
+    def of(
+        cls,
+        scheduler: Any,
+        device: torch.device | str = "cpu",
+        settings: TimestepSettings = _PLAIN,
+    ) -> "DiffusionObjective":
         """Read schedule and prediction type from a diffusers scheduler."""
-        return cls(scheduler.alphas_cumprod, scheduler.config.prediction_type, device)
+        return cls(scheduler.alphas_cumprod, scheduler.config.prediction_type, device, settings)
+
+    def timesteps(self, quantiles: Tensor, pixels: int) -> Tensor:
+        """Quantiles [B] in [0, 1) -> timesteps [B], int64, every one as likely."""
+        return (quantiles.double() * self.num_timesteps).long().clamp_max(self.num_timesteps - 1)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t, same shape as `latents`."""
@@ -57,12 +109,12 @@ class DiffusionObjective:
         signal, sigma = self._at(timesteps, latents)
         return signal * noise - sigma * latents
 
-    def weight(self, timesteps: Tensor, snr_gamma: float | None) -> Tensor:
-        """Weight of each sample's squared error, [B]; ones where `snr_gamma` is None."""
+    def weight(self, timesteps: Tensor) -> Tensor:
+        """Weight of each sample's squared error, [B]; ones without `snr_gamma`."""
         snr = self._snr[timesteps]
-        if snr_gamma is None:
+        if self._snr_gamma is None:
             return torch.ones_like(snr)
-        clipped = snr.clamp_max(snr_gamma)
+        clipped = snr.clamp_max(self._snr_gamma)
         if self.prediction == "sample":
             return clipped
         if self.prediction == "v_prediction":
@@ -103,15 +155,3 @@ def dreambooth_loss(
     prior = weighted[instances:].mean()
     parts = {"loss_instance": subject.detach(), "loss_prior": prior.detach()}
     return subject + prior_weight * prior, parts
-
-
-def stratified_timesteps(count: int, num_timesteps: int, draw: Tensor) -> Tensor:
-    """One timestep in each of `count` equal parts of the schedule, from uniform `draw` [count]."""
-    # In float32 a part's last draw could round up into the next part.
-    places = torch.arange(count) + draw.double()
-    return (places * (num_timesteps / count)).long().clamp_max(num_timesteps - 1)
-
-
-def uniform_timesteps(num_timesteps: int, draw: Tensor) -> Tensor:
-    """Independent uniform timesteps from uniform `draw` in [0, 1), same length."""
-    return (draw * num_timesteps).long().clamp_max(num_timesteps - 1)

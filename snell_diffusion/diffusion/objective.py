@@ -38,7 +38,7 @@ class StepLoss:
         self._errors[step, micro] = errors.detach()
         return dreambooth_loss(
             errors,
-            objective.weight(batch.timesteps, self._config.snr_gamma),
+            objective.weight(batch.timesteps),
             batch.instances,
             self._config.prior_loss_weight,
         )
@@ -108,7 +108,7 @@ def build_probe(
     text = _text_table(config, model, prompts)
     means = latents.means()
     _require_sound([latents], text, parallel)
-    return Probe(model, text, means, prompts, config.validation_timesteps)
+    return Probe(model, text, means, prompts, config.validation_timesteps, config.resolution)
 
 
 def _text_table(config: TrainConfig, model: Model, prompts: Sequence[str]) -> TextTable:

@@ -11,7 +11,8 @@ from torch import nn
 from snell_diffusion.adapters.identity import config_hash
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.families import Family, family_of
-from snell_diffusion.diffusion.losses import DiffusionObjective
+from snell_diffusion.diffusion.losses import Objective
+from snell_diffusion.diffusion.timesteps import TimestepSettings
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.adapter_tensors import (
     Components,
@@ -164,7 +165,7 @@ class Model:
     family: Family
     pipe: Any
     components: dict[str, nn.Module]
-    objective: DiffusionObjective
+    objective: Objective
     device: torch.device
     base: str
     sizes: "Sizes"
@@ -206,8 +207,20 @@ def build_model(
         model.train()
         if config.gradient_checkpointing:
             next(getattr(model, way) for way in _CHECKPOINTING if hasattr(model, way))()
-    objective = family.objective(pipe, device)
+    objective = family.objective(pipe, device, timestep_settings(config))
     return Model(family, pipe, components, objective, device, base, counted)
+
+
+def timestep_settings(config: TrainConfig) -> TimestepSettings:
+    """Density and weight of the timesteps."""
+    return TimestepSettings(
+        snr_gamma=config.snr_gamma,
+        weighting_scheme=config.weighting_scheme,
+        logit_mean=config.logit_mean,
+        logit_std=config.logit_std,
+        mode_scale=config.mode_scale,
+        shift=config.timestep_shift,
+    )
 
 
 def add_adapters(config: TrainConfig, family: Family, pipe: Any) -> dict[str, nn.Module]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from snell_diffusion.diffusion.batches import TextTable
+from snell_diffusion.diffusion.batches import TextTable, square_geometry
 from snell_diffusion.diffusion.families import Conditions
 from snell_diffusion.diffusion.losses import squared_error
 from snell_diffusion.diffusion.setup import Model
@@ -32,6 +32,7 @@ class Probe:
         latents: Mean latents of the photos, [N, C, h, w].
         prompts: One prompt per photo.
         timesteps: How many fixed timesteps per photo, at least 1.
+        size: Side of the photos in pixels.
     """
 
     def __init__(
@@ -41,8 +42,9 @@ class Probe:
         latents: Tensor,
         prompts: Sequence[str],
         timesteps: int,
+        size: int,
     ) -> None:
-        self._model, self._text = model, text
+        self._model, self._text, self._size = model, text, size
         self._base_answers: Tensor | None = None
         fixed = fixed_timesteps(timesteps, model.objective.num_timesteps)
         pairs = [(i, k) for i in range(len(latents)) for k in range(len(fixed))]
@@ -57,7 +59,9 @@ class Probe:
         model = self._model
         noisy = model.objective.add_noise(self._latents, self._noise, self._timesteps)
         with evaluating(model.components):
+            count = len(self._prompts)
             conditions = self._text(self._prompts)
+            conditions |= {"geometry": square_geometry(count, self._size, noisy.device)}
             parts = []
             for rows in torch.arange(len(noisy)).split(_BATCH):
                 some: Conditions = {k: v[rows] for k, v in conditions.items()}

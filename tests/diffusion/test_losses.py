@@ -9,9 +9,11 @@ from snell_diffusion.diffusion.losses import (
     DiffusionObjective,
     dreambooth_loss,
     squared_error,
-    stratified_timesteps,
-    uniform_timesteps,
 )
+from snell_diffusion.diffusion.timesteps import TimestepSettings, stratified_quantiles
+from snell_diffusion.errors import SnellaConfigError
+
+GAMMA = TimestepSettings(snr_gamma=5.0)
 
 TIMESTEPS = torch.tensor([0, 1, 250, 500, 998, 999])
 
@@ -59,14 +61,15 @@ def test_min_snr_weights(prediction: str) -> None:
     snr = compute_snr(theirs, TIMESTEPS)
     clipped = torch.minimum(snr, torch.tensor(5.0))
     divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction]
-    ours = DiffusionObjective.of(theirs)
-    torch.testing.assert_close(ours.weight(TIMESTEPS, 5.0), clipped / divisor, rtol=1e-4, atol=1e-7)
-    assert torch.equal(ours.weight(TIMESTEPS, None), torch.ones(len(TIMESTEPS)))
+    found = DiffusionObjective.of(theirs, settings=GAMMA).weight(TIMESTEPS)
+    torch.testing.assert_close(found, clipped / divisor, rtol=1e-4, atol=1e-7)
+    assert torch.equal(DiffusionObjective.of(theirs).weight(TIMESTEPS), torch.ones(len(TIMESTEPS)))
 
 
 @pytest.mark.parametrize("prediction, last", [("epsilon", 1.0), ("v_prediction", 0.0)])
 def test_weights_are_finite_at_zero_terminal_snr(prediction: str, last: float) -> None:
-    weights = DiffusionObjective.of(scheduler(prediction, zero=True)).weight(TIMESTEPS, 5.0)
+    theirs = scheduler(prediction, zero=True)
+    weights = DiffusionObjective.of(theirs, settings=GAMMA).weight(TIMESTEPS)
     assert torch.isfinite(weights).all()
     assert weights[-1] == pytest.approx(last, abs=1e-6)
 
@@ -91,17 +94,27 @@ def test_squared_error_is_per_sample_and_float32() -> None:
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_stratified_timesteps_fall_into_equal_parts(count: int) -> None:
     for draw in (0.0, 0.5, 1 - 2**-24):
-        found = stratified_timesteps(count, 1000, torch.full((count,), draw))
+        quantiles = stratified_quantiles(torch.full((count,), draw))
+        found = DiffusionObjective.of(scheduler("epsilon")).timesteps(quantiles, 64)
         for part, timestep in enumerate(found.tolist()):
             assert part * 1000 < (timestep + 1) * count
             assert timestep * count < (part + 1) * 1000
 
 
 def test_uniform_timesteps_cover_the_schedule() -> None:
-    found = uniform_timesteps(1000, torch.tensor([0.0, 0.5, 1 - 2**-24]))
+    quantiles = torch.tensor([0.0, 0.5, 1 - 2**-24])
+    found = DiffusionObjective.of(scheduler("epsilon")).timesteps(quantiles, 64)
     assert found.tolist() == [0, 500, 999]
 
 
 def test_schedulers_of_pipelines_are_read() -> None:
     theirs = DDIMScheduler(prediction_type="v_prediction", num_train_timesteps=100)
     assert DiffusionObjective.of(theirs).num_timesteps == 100
+
+
+@pytest.mark.parametrize(
+    "settings", [TimestepSettings(weighting_scheme="mode"), TimestepSettings(shift=3.0)]
+)
+def test_settings_of_flow_models_are_refused(settings: TimestepSettings) -> None:
+    with pytest.raises(SnellaConfigError, match="are for flow models; this base predicts epsilon"):
+        DiffusionObjective.of(scheduler("epsilon"), settings=settings)

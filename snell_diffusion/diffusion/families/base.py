@@ -7,10 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snell_diffusion.diffusion.losses import DiffusionObjective
+from snell_diffusion.diffusion.losses import Objective
+from snell_diffusion.diffusion.timesteps import TimestepSettings
 
 Conditions = dict[str, Tensor]
-"""Everything text-like that the denoiser takes, each with the batch as first axis."""
+"""Everything that the denoiser takes beside latents and timesteps; the batch is the first axis.
+
+Text-like entries come from `encode_text` and have one length per run, so that rows of several
+prompts stack; masks are entries too. The trainer adds "geometry", float32 [B, 6] in pixels: height
+and width of the photo, top and left of its crop after resizing, height and width trained on.
+"""
 
 
 @dataclass(frozen=True)
@@ -42,17 +48,21 @@ class Family:
         name: Short name, the file's name.
         pipelines: Pipeline class names (`_class_name` of model_index.json) that it covers.
         denoiser: Name of the pipeline's component that is adapted.
-        text_encoders: Names of the text encoders that can be adapted.
+        text_encoders: Names of the text encoders that can be adapted; a pipeline may lack some.
+        tokenizers: Names of their tokenizers, in the same order.
         targets: Suffixes of the denoiser's Linear layers to adapt by default.
-        text_targets: The same for the text encoders.
+        text_targets: The same for all text encoders.
+        multiple: Sides of training pictures must be multiples of this, in pixels.
+        native_size: (pipeline) -> side in pixels of the pictures that the base was made for.
         load: (path or id, **from_pretrained arguments) -> pipeline, on the CPU.
         encode_text: (pipeline, prompts) -> Conditions; differentiable.
         encode_images: (pipeline, pixels [B, 3, H, W] in [-1, 1]) -> mean and standard deviation
             of the latents, each [B, C, h, w], scaled as the denoiser expects.
         decode_latents: (pipeline, latents) -> pixels in [0, 1], float32 on the CPU; NaN where they
             are not finite.
-        objective: (pipeline, device) -> what the denoiser predicts.
-        denoise: (denoiser, x_t, timesteps, Conditions) -> prediction, shaped as x_t.
+        objective: (pipeline, device, settings) -> what the denoiser predicts.
+        denoise: (denoiser, x_t, timesteps, Conditions) -> prediction as `objective` defines its
+            target, shaped as x_t; packing and other conventions of the denoiser end here.
         sample: (pipeline, SampleRequest) -> latents.
     """
 
@@ -60,12 +70,15 @@ class Family:
     pipelines: tuple[str, ...]
     denoiser: str
     text_encoders: tuple[str, ...]
+    tokenizers: tuple[str, ...]
     targets: tuple[str, ...]
     text_targets: tuple[str, ...]
+    multiple: int
+    native_size: Callable[[Any], int]
     load: Callable[..., Any]
     encode_text: Callable[[Any, Sequence[str]], Conditions]
     encode_images: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
     decode_latents: Callable[[Any, Tensor], Tensor]
-    objective: Callable[[Any, torch.device], DiffusionObjective]
+    objective: Callable[[Any, torch.device, TimestepSettings], Objective]
     denoise: Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor]
     sample: Callable[[Any, SampleRequest], Tensor]

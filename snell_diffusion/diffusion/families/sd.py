@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from snell_diffusion.diffusion.families.base import Conditions, Family, SampleRequest
 from snell_diffusion.diffusion.losses import DiffusionObjective
+from snell_diffusion.diffusion.timesteps import TimestepSettings
 
 
 def load(source: str, **options: Any) -> Any:
@@ -53,8 +54,12 @@ def decode_latents(pipe: Any, latents: Tensor) -> Tensor:
     return pixels.clamp(0, 1).where(pixels.isfinite(), torch.nan)
 
 
-def objective(pipe: Any, device: torch.device) -> DiffusionObjective:
-    return DiffusionObjective.of(pipe.scheduler, device)
+def native_size(pipe: Any) -> int:
+    return int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
+
+
+def objective(pipe: Any, device: torch.device, settings: TimestepSettings) -> DiffusionObjective:
+    return DiffusionObjective.of(pipe.scheduler, device, settings)
 
 
 def denoise(model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
@@ -86,8 +91,11 @@ FAMILY = Family(
     pipelines=("StableDiffusionPipeline",),
     denoiser="unet",
     text_encoders=("text_encoder",),
+    tokenizers=("tokenizer",),
     targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
     text_targets=("q_proj", "k_proj", "v_proj", "out_proj"),
+    multiple=8,
+    native_size=native_size,
     load=load,
     encode_text=encode_text,
     encode_images=encode_images,
