@@ -1,0 +1,126 @@
+"""Stable Diffusion 3 and 3.5: a joint-attention transformer, two CLIPs and T5, rectified flow.
+
+T5 may be absent (`text_encoder_3` is null in model_index.json). Its place in the prompt's sequence
+then holds zeros, in training as in the stock pipeline. Where it is there, it stays frozen: it has
+more weights than the denoiser, and diffusers' scripts train the CLIPs alone, too.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snell_diffusion.diffusion.families.base import Conditions, Family, SampleRequest
+from snell_diffusion.diffusion.flow import FlowObjective, scheduler_shift
+from snell_diffusion.diffusion.timesteps import TimestepSettings
+
+_T5 = ("text_encoder_3", "tokenizer_3")
+
+
+def load(source: str, **options: Any) -> Any:
+    from diffusers import StableDiffusion3Pipeline
+
+    index = StableDiffusion3Pipeline.load_config(source, revision=options.get("revision"))
+    # diffusers wants to be told of a missing T5, although the index says so.
+    absent = {name: None for name in _T5 if index.get(name, [None])[0] is None}
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        source, use_safetensors=True, **absent, **options
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def encode_text(pipe: Any, prompts: Sequence[str]) -> Conditions:
+    """Prompts -> "text" [B, L, D], the two CLIPs' tokens and then T5's, and "pooled" [B, D']."""
+    text, _, pooled, _ = pipe.encode_prompt(
+        list(prompts),
+        prompt_2=None,
+        prompt_3=None,
+        device=pipe.text_encoder.device,
+        do_classifier_free_guidance=False,
+    )
+    return {"text": text, "pooled": pooled}
+
+
+def encode_images(pipe: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    vae = pipe.vae
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    scale, shift = vae.config.scaling_factor, vae.config.shift_factor
+    return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+
+
+def decode_latents(pipe: Any, latents: Tensor) -> Tensor:
+    vae = pipe.vae
+    latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+    pixels = vae.decode(latents + vae.config.shift_factor).sample.float().cpu() / 2 + 0.5
+    return pixels.clamp(0, 1).where(pixels.isfinite(), torch.nan)
+
+
+def native_size(pipe: Any) -> int:
+    return int(pipe.transformer.config.sample_size * pipe.vae_scale_factor)
+
+
+def objective(pipe: Any, device: torch.device, settings: TimestepSettings) -> FlowObjective:
+    side = pipe.vae_scale_factor * pipe.transformer.config.patch_size
+    return FlowObjective(scheduler_shift(pipe.scheduler, side**2), settings, "logit_normal")
+
+
+def denoise(model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+    dtype = model.pos_embed.proj.weight.dtype  # `model.dtype` walks every module
+    return model(  # type: ignore[no-any-return]
+        hidden_states=noisy.to(dtype),
+        timestep=timesteps,
+        encoder_hidden_states=conditions["text"].to(dtype),
+        pooled_projections=conditions["pooled"].to(dtype),
+        return_dict=False,
+    )[0]
+
+
+def sample(pipe: Any, request: SampleRequest) -> Tensor:
+    dtype, count = pipe.transformer.dtype, len(request.conditions["text"])
+    nothing = {
+        name: rows.to(dtype).expand(count, *rows.shape[1:])
+        for name, rows in request.unconditional.items()
+    }
+    return pipe(  # type: ignore[no-any-return]
+        prompt_embeds=request.conditions["text"].to(dtype),
+        pooled_prompt_embeds=request.conditions["pooled"].to(dtype),
+        negative_prompt_embeds=nothing["text"],
+        negative_pooled_prompt_embeds=nothing["pooled"],
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance,
+        generator=list(request.generators),
+        height=request.size,
+        width=request.size,
+        output_type="latent",
+    ).images
+
+
+FAMILY = Family(
+    name="sd3",
+    pipelines=("StableDiffusion3Pipeline",),
+    denoiser="transformer",
+    text_encoders=("text_encoder", "text_encoder_2"),
+    tokenizers=("tokenizer", "tokenizer_2"),
+    targets=(
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+    ),
+    text_targets=("q_proj", "k_proj", "v_proj", "out_proj"),
+    multiple=16,
+    native_size=native_size,
+    load=load,
+    encode_text=encode_text,
+    encode_images=encode_images,
+    decode_latents=decode_latents,
+    objective=objective,
+    denoise=denoise,
+    sample=sample,
+)

@@ -1,0 +1,248 @@
+"""What holds for every family: it asks the denoiser as its stock pipeline does, and it trains.
+
+A new family is tested here from the day its file appears; it needs a `tiny_<name>.py`.
+"""
+
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import snell_diffusion  # noqa: F401  adds load_snella_weights to the pipelines
+from snell_diffusion.diffusion.batches import square_geometry
+from snell_diffusion.diffusion.families import SampleRequest
+from snell_diffusion.diffusion.losses import squared_error
+from snell_diffusion.diffusion.timesteps import TimestepSettings
+from snell_diffusion.diffusion.training import run
+from snell_diffusion.training.adapter_tensors import adapters_off, trainable_parameters
+from tests.families.conftest import Case, Trained
+
+CPU = torch.device("cpu")
+PROMPTS = ["a sks cat", "a dog on a very long and winding road"]
+ADAPTER = "pytorch_snella_weights.safetensors"
+
+
+def conditions(case: Case, pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
+    """What the denoiser is given for whole pictures with these prompts."""
+    geometry = square_geometry(len(prompts), case.tiny.side, CPU)
+    return {**case.family.encode_text(pipe, prompts), "geometry": geometry}
+
+
+def example(case: Case, pipe: Any, model: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Latents of two random pictures, timesteps, and conditions."""
+    draw = torch.Generator().manual_seed(5)
+    side = case.tiny.side
+    pixels = torch.rand(2, 3, side, side, generator=draw) * 2 - 1
+    latents = case.family.encode_images(pipe, pixels)[0]
+    objective = case.family.objective(pipe, CPU, TimestepSettings())
+    timesteps = objective.timesteps(torch.tensor([0.2, 0.7]), side**2)
+    return latents, timesteps, conditions(case, pipe, PROMPTS)
+
+
+# -- as the stock pipeline ------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_prompts_are_encoded_as_by_the_stock_pipeline(case: Case, pipe: Any) -> None:
+    stock = case.tiny.stock_text(case.stock(), PROMPTS)
+    ours = case.family.encode_text(pipe, PROMPTS)
+    assert ours.keys() == stock.keys()
+    for name, expected in stock.items():
+        torch.testing.assert_close(ours[name], expected, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@torch.no_grad()
+def test_rows_of_prompts_do_not_depend_on_each_other(case: Case, pipe: Any) -> None:
+    """Cached rows of single prompts are stacked into batches."""
+    together = case.family.encode_text(pipe, [*PROMPTS, ""])
+    for row, prompt in enumerate([*PROMPTS, ""]):
+        alone = case.family.encode_text(pipe, [prompt])
+        for name, rows in together.items():
+            torch.testing.assert_close(alone[name][0], rows[row], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_denoise_is_a_step_of_the_stock_pipeline(case: Case, pipe: Any) -> None:
+    """Same sign, scale, timestep, packing and conditions as what the stock scheduler is given."""
+    stock, seen = case.stock(), []
+    step = stock.scheduler.step
+
+    def record(output: Tensor, t: Tensor, sample: Tensor, *more: Any, **named: Any) -> Any:
+        seen.append((output, t, sample))
+        return step(output, t, sample, *more, **named)
+
+    stock.scheduler.step = record
+    call(case, stock, steps=2, **case.tiny.plain)
+    asked = conditions(case, pipe, PROMPTS)
+    for output, t, sample in seen:
+        noisy, expected = (case.tiny.unpack(stock, packed) for packed in (sample, output))
+        timesteps = torch.as_tensor(t).expand(len(noisy))
+        ours = case.family.denoise(getattr(pipe, case.family.denoiser), noisy, timesteps, asked)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    assert len(seen) == 2
+
+
+def test_targets_lead_the_stock_scheduler_to_the_data(case: Case, pipe: Any) -> None:
+    """Given our targets as predictions, the stock scheduler walks along our noisy latents."""
+    stock = case.stock()
+    objective = case.family.objective(stock, CPU, TimestepSettings())
+    step, state = stock.scheduler.step, {}
+
+    def walk(output: Tensor, t: Tensor, sample: Tensor, *more: Any, **named: Any) -> Any:
+        if not state:
+            draw = torch.Generator().manual_seed(1)
+            state["data"], state["noise"] = torch.randn(2, *sample.shape, generator=draw)
+        data, noise = state["data"], state["noise"]
+        timesteps = torch.as_tensor(t).expand(len(sample))
+        noisy = objective.add_noise(data, noise, timesteps)
+        if "next" in state:
+            torch.testing.assert_close(sample, noisy, rtol=0, atol=case.tiny.atol)
+        result = step(objective.target(data, noise, timesteps), t, noisy, *more, **named)
+        state["next"] = result[0]
+        return result
+
+    stock.scheduler.step = walk
+    call(case, stock, steps=4, **case.tiny.plain)
+    torch.testing.assert_close(state["next"], state["data"], rtol=0, atol=case.tiny.atol)
+
+
+@torch.no_grad()
+def test_samples_are_those_of_the_stock_pipeline(case: Case, pipe: Any) -> None:
+    encoded = case.family.encode_text(pipe, [*PROMPTS, ""])
+    request = SampleRequest(
+        conditions={name: rows[:-1] for name, rows in encoded.items()},
+        unconditional={name: rows[-1:] for name, rows in encoded.items()},
+        generators=generators(),
+        size=case.tiny.side,
+        steps=2,
+        guidance=3.0,
+    )
+    ours = case.family.decode_latents(pipe, case.family.sample(pipe, request))
+    stock = call(case, case.stock(), steps=2, output_type="pt", **case.tiny.guided).images
+    torch.testing.assert_close(ours, stock.float(), rtol=0, atol=1e-3)
+
+
+def call(case: Case, pipe: Any, steps: int, **more: Any) -> Any:
+    """The stock pipeline on PROMPTS."""
+    side = case.tiny.side
+    values = {"output_type": "latent", "height": side, "width": side, **more}
+    return pipe(prompt=PROMPTS, num_inference_steps=steps, generator=generators(), **values)
+
+
+def generators() -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+
+
+@torch.no_grad()
+def test_latents_decode_to_the_picture(case: Case, pipe: Any) -> None:
+    """Encoding scales as decoding unscales: both ways give what the VAE alone gives."""
+    pixels = torch.rand(1, 3, case.tiny.side, case.tiny.side) * 2 - 1
+    mean, std = case.family.encode_images(pipe, pixels)
+    assert mean.shape == std.shape
+    assert mean.dtype == torch.float32
+    encoded = pipe.vae.encode(pixels)
+    raw = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+    expected = (pipe.vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(case.family.decode_latents(pipe, mean), expected)
+
+
+def test_the_record_fits_the_pipeline(case: Case, pipe: Any) -> None:
+    family = case.family
+    assert type(pipe).__name__ in family.pipelines
+    assert len(family.text_encoders) == len(family.tokenizers)
+    known = set(pipe.components)
+    assert {family.denoiser, *family.text_encoders, *family.tokenizers} <= known
+    assert case.tiny.side % family.multiple == 0
+    assert family.native_size(pipe) >= case.tiny.side
+
+
+# -- it trains ------------------------------------------------------------------------------------
+
+
+def test_two_steps_have_a_finite_loss_and_both_parts(trained: Trained) -> None:
+    steps = [e for e in trained.result.history if e["event"] == "step"]
+    assert [e["step"] for e in steps] == [1, 2]
+    for event in steps:
+        assert math.isfinite(event["loss"])
+        total = event["loss_instance"] + event["loss_prior"]
+        assert event["loss"] == pytest.approx(total, rel=1e-5)
+    assert trained.result.validation_loss_after != trained.result.validation_loss_before
+    assert (trained.result.output_dir / "class_images").is_dir()
+
+
+def test_gradients_reach_every_adapter(case: Case, trained: Trained) -> None:
+    model = trained.model
+    parameters = trainable_parameters(model.components)
+    latents, timesteps, asked = example(case, model.pipe, model)
+    noise = torch.randn_like(latents)
+    noisy = model.objective.add_noise(latents, noise, timesteps)
+    errors = squared_error(
+        case.family.denoise(model.denoiser, noisy, timesteps, asked),
+        model.objective.target(latents, noise, timesteps),
+    )
+    names = list(parameters)
+    grads = torch.autograd.grad(errors.sum(), list(parameters.values()), allow_unused=True)
+    missed = [n for n, g in zip(names, grads, strict=True) if g is None or not g.any()]
+    missed = [n for n in missed if not any(part in n for part in case.tiny.idle)]
+    assert not missed
+    adapted = {name.split(".")[0] for name in names}
+    assert adapted == set(model.components)
+
+
+def test_a_batch_can_be_learned_by_heart(case: Case, trained: Trained) -> None:
+    model = trained.model
+    parameters = list(trainable_parameters(model.components).values())
+    before = [p.detach().clone() for p in parameters]
+    latents, timesteps, asked = example(case, model.pipe, model)
+    asked = {name: rows.detach() for name, rows in asked.items()}
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2))
+    noisy = model.objective.add_noise(latents, noise, timesteps)
+    target = model.objective.target(latents, noise, timesteps)
+    optimizer = torch.optim.AdamW(parameters, lr=3e-2, eps=1e-15)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = squared_error(
+            case.family.denoise(model.denoiser, noisy, timesteps, asked), target
+        ).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    with torch.no_grad():
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
+            parameter.grad = None
+    assert losses[-1] < 0.98 * losses[0]
+
+
+def test_resumed_is_bit_identical(trained: Trained, tmp_path: Path) -> None:
+    whole = trained.result.output_dir
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000002")
+    (tmp_path / "run" / ADAPTER).unlink()
+    run(replace(trained.config, output_dir=str(tmp_path / "run"), resume_from_checkpoint="latest"))
+    for name in (ADAPTER, "checkpoints/step-000002/optimizer.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
+
+
+@torch.no_grad()
+def test_the_file_in_a_stock_pipeline_is_the_trained_model(case: Case, trained: Trained) -> None:
+    model = trained.model
+    latents, timesteps, asked = example(case, model.pipe, model)
+    answer = case.family.denoise(model.denoiser, latents, timesteps, asked)
+    with adapters_off(model.components):
+        asked = conditions(case, model.pipe, PROMPTS)
+        base = case.family.denoise(model.denoiser, latents, timesteps, asked)
+    assert not torch.allclose(answer, base)
+    stock = case.stock()
+    stock.load_snella_weights(trained.result.adapter_path)
+    loaded = getattr(stock, case.family.denoiser)
+    asked = conditions(case, stock, PROMPTS)
+    torch.testing.assert_close(case.family.denoise(loaded, latents, timesteps, asked), answer)
+    pictures = call(case, stock, steps=1, output_type="pt", **case.tiny.guided).images
+    assert torch.isfinite(pictures).all()
