@@ -7,10 +7,17 @@ from types import NoneType, UnionType
 from typing import Any
 
 from snell_diffusion import SnellaConfig
+from snell_diffusion.diffusion.concepts import ConceptConfig
 from snell_diffusion.diffusion.config import GROUPS
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
-NAMES = {"str": "text", "float": "number", "int": "whole number", "bool": "yes or no"}
+NAMES = {
+    "str": "text",
+    "float": "number",
+    "int": "whole number",
+    "bool": "yes or no",
+    "ConceptConfig": "concept",
+}
 HEAD = """# Configuration reference
 
 Written by `scripts/write_config_reference.py` from the configuration classes; a test fails when the
@@ -49,7 +56,7 @@ def type_name(kind: Any) -> str:
 
 def value_text(value: Any) -> str:
     """A value as it stands in YAML; empty for nothing."""
-    if value is None or value == []:
+    if value in (None, [], ""):
         return ""
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
@@ -66,9 +73,9 @@ def row(*cells: str) -> str:
 
 
 def training_tables() -> list[str]:
-    """One table per group of training settings."""
+    """One table per group of training settings, and one for a concept."""
     lines = []
-    for group in GROUPS:
+    for group in (*GROUPS, ConceptConfig):
         lines += ["", f"## {(group.__doc__ or group.__name__).strip().rstrip('.')}", ""]
         lines += ["| key | value | default | meaning |", "|---|---|---|---|"]
         hints = typing.get_type_hints(group, include_extras=True)

@@ -5,31 +5,32 @@ range and unit; the command line, the configuration reference and the app are ge
 """
 
 import math
-from dataclasses import field
+import re
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from snell_diffusion.adapters import limits
+from snell_diffusion.diffusion.concepts import OWN, OWN_HELD_OUT, ConceptConfig, named
+from snell_diffusion.diffusion.config_types import (
+    FROZEN,
+    Count,
+    Decay,
+    Finite,
+    Heads,
+    NotNegative,
+    Positive,
+    Prompt,
+    Rank,
+    Share,
+    Whole,
+    described,
+)
 from snell_diffusion.diffusion.timesteps import WeightingScheme
 
-Count = Annotated[int, Field(ge=1)]
-Rank = Annotated[int, Field(ge=1, le=limits.MAX_RANK)]
-Heads = Annotated[int, Field(ge=1, le=limits.MAX_HEADS)]
-Whole = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-
-_FROZEN: Any = {"frozen": True, "kw_only": True, "config": {"extra": "forbid"}}
-
-
-def _help(default: Any, text: str) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+_FROZEN, _help = FROZEN, described
 
 
 @dataclass(**_FROZEN)
@@ -38,8 +39,9 @@ class BaseModel:
 
     pretrained_model_name_or_path: str = _help(
         "embedded",
-        "Base model: 'embedded' (ships with this package, 64x64 pixels), a diffusers folder, or a "
-        "hub id. `base` in a YAML file and --base mean the same.",
+        "Base model: 'embedded' or 'embedded-dit' (a UNet and a transformer that ship with this "
+        "package, 64x64 pixels), a diffusers folder, or a hub id. `base` in a YAML file and --base "
+        "mean the same.",
     )
     revision: str | None = _help(None, "Revision of a hub model: branch, tag or commit.")
     variant: str | None = _help(None, "Weight file variant of the base, for example fp16.")
@@ -56,38 +58,58 @@ class BaseModel:
 
 @dataclass(**_FROZEN)
 class Data:
-    """Photos, prompts and class images."""
+    """Photos, captions, masks and what is kept of them."""
 
     instance_data_dir: str | None = _help(
         None,
         "Folder with the subject's photos (jpg, png, webp). A caption may stand in a .txt file "
         "beside a photo or in metadata.jsonl (file_name, text).",
     )
-    instance_prompt: str | None = _help(
+    instance_prompt: Prompt | None = _help(
         None, "Prompt with the rare token, for example 'a photo of a sks dog'."
     )
+    concepts: list[ConceptConfig] = _help(
+        [],
+        "Several subjects in one run, in place of instance_data_dir and instance_prompt: a list in "
+        "YAML (see below), or a JSON or YAML file that holds it (--concepts_list FILE).",
+    )
+    recursive: bool = _help(False, "Look for photos in the folders inside a photo folder, too.")
     use_captions: bool = _help(
         True, "Use a photo's own caption, where it has one, instead of instance_prompt."
     )
-    class_data_dir: str | None = _help(
-        None, "Folder with class images; missing ones are generated here. Default: in output_dir."
+    caption_column: str = _help(
+        "text", "Key of the caption in the lines of metadata.jsonl, beside file_name."
     )
-    class_prompt: str | None = _help(
-        None, "Prompt of the class without the token, for example 'a photo of a dog'."
+    caption_templates: list[Prompt] = _help(
+        [],
+        "Sentences such as 'a photo of {}', one drawn for each sample; {} becomes instance_prompt. "
+        "Captions of photos stay as they are.",
     )
-    with_prior_preservation: bool = _help(
-        False, "Also train on class images, so that the class keeps its look. Needs class_prompt."
+    caption_dropout: Share = _help(
+        0.0,
+        "Share of samples trained with the empty prompt instead of theirs, 0 to 1; about 0.05 to "
+        "0.1 keeps classifier-free guidance in step with the subject. Class images keep theirs.",
     )
-    prior_loss_weight: NotNegative = _help(
-        1.0, "Weight of the class images' loss beside the subject's; at least 0."
-    )
-    num_class_images: Count = _help(100, "Class images wanted; at least 1.")
-    class_batch_size: Count | None = _help(
-        None, "Class images per step and process; at least 1. Default: train_batch_size."
-    )
-    sample_batch_size: Count = _help(4, "Pictures per call when class images are generated.")
     resolution: Annotated[int, Field(ge=8, le=4096)] = _help(
         512, "Side of the square training pictures in pixels, 8 to 4096, a multiple of 8."
+    )
+    aspect_ratio_buckets: str | None = _help(
+        None,
+        "Train photos in their own aspect ratio, about resolution x resolution pixels in all: auto "
+        "(true in YAML), or shapes as height,width;height,width. Default: squares.",
+    )
+    bucket_step: Count | None = _help(
+        None,
+        "Sides of the shapes of auto are multiples of this many pixels; at least 1. Default: an "
+        "eighth of resolution, at most 64.",
+    )
+    masked_loss: bool = _help(
+        False,
+        "Weigh the loss by masks: name.mask.png beside name.jpg, or masks/name.png. White counts "
+        "fully, black with unmasked_weight.",
+    )
+    unmasked_weight: Share = _help(
+        0.1, "Weight of what is black in a mask, 0 to 1; 0 leaves it free to change."
     )
     center_crop: bool = _help(
         True, "Crop at the centre; otherwise at random, which needs no cache."
@@ -99,12 +121,46 @@ class Data:
     cache_latents: bool = _help(
         True, "Encode every photo once and keep the latents in memory; the VAE then leaves the GPU."
     )
+    cache_dir: str | None = _help(
+        None,
+        "Keep latents and text embeddings in this folder for later runs, each under a fingerprint "
+        "of encoder weights, preprocessing and photo or caption. Default: in memory only.",
+    )
     dataloader_num_workers: Whole = _help(
         0,
         "Processes that read and crop photos ahead of their step where cache_latents is off; at "
         "least 0 (0 = none). The result is the same for any number. No effect with cache_latents, "
         "because every photo is then read once, before the first step.",
     )
+
+
+@dataclass(**_FROZEN)
+class Prior:
+    """Prior preservation: the class keeps its look."""
+
+    with_prior_preservation: bool = _help(
+        False, "Also hold the class of the subject to what the base makes of it; see prior_loss."
+    )
+    prior_loss: Literal["images", "prediction"] = _help(
+        "images",
+        "images: train on class images of the base, which need class_prompt. prediction: hold the "
+        "answers to class_prompt (or the empty prompt), on the noisy photos themselves, to those "
+        "of the base; no class images, one more forward pass.",
+    )
+    prior_loss_weight: NotNegative = _help(
+        1.0, "Weight of the prior's loss beside the subject's; at least 0."
+    )
+    class_prompt: Prompt | None = _help(
+        None, "Prompt of the class without the token, for example 'a photo of a dog'."
+    )
+    class_data_dir: str | None = _help(
+        None, "Folder with class images; missing ones are generated here. Default: in output_dir."
+    )
+    num_class_images: Count = _help(100, "Class images wanted; at least 1.")
+    class_batch_size: Count | None = _help(
+        None, "Class images per step and process; at least 1. Default: train_batch_size."
+    )
+    sample_batch_size: Count = _help(4, "Pictures per call when class images are generated.")
 
 
 @dataclass(**_FROZEN)
@@ -230,6 +286,11 @@ class Optimization:
     timestep_sampling: Literal["uniform", "stratified"] = _help(
         "stratified", "Training timesteps: stratified spreads each batch over their density."
     )
+    noise_offset: NotNegative = _help(
+        0.0,
+        "Also shift the noise of each sample and channel by this times a normal draw; at least 0. "
+        "About 0.05 to 0.1 lets models that predict noise learn very dark and bright pictures.",
+    )
     ema_decay: Decay | None = _help(
         None, "Keep and save an exponential average of the adapter with this decay, 0 to below 1."
     )
@@ -293,11 +354,11 @@ class Run:
     )
 
 
-GROUPS = (BaseModel, Data, Method, Optimization, Feedback, Run)
+GROUPS = (BaseModel, Data, Prior, Method, Optimization, Feedback, Run)
 
 
 @dataclass(**_FROZEN)
-class TrainConfig(Run, Feedback, Optimization, Method, Data, BaseModel):
+class TrainConfig(Run, Feedback, Optimization, Method, Prior, Data, BaseModel):
     """All settings of one run as one flat, frozen, validated record."""
 
     @field_validator("optimizer_args", mode="before")
@@ -313,37 +374,100 @@ class TrainConfig(Run, Feedback, Optimization, Method, Data, BaseModel):
                 raise ValueError(f"expected name=value, got '{pair}'")
         return value
 
-    @field_validator("instance_prompt", "class_prompt")
+    @field_validator("aspect_ratio_buckets", mode="before")
     @classmethod
-    def _storable(cls, value: str | None) -> str | None:
-        """The adapter file tells its prompts, so what it cannot hold is refused at the start."""
-        if value is None:
-            return None
-        if len(value) > limits.MAX_PROMPT:
-            raise ValueError(
-                f"should have at most {limits.MAX_PROMPT} characters, has {len(value)}"
-            )
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError("should be text that UTF-8 can hold") from error
+    def _shapes(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            return "auto" if value else None
+        if isinstance(value, list):
+            return ";".join(",".join(map(str, pair)) for pair in value)
+        return value
+
+    @field_validator("aspect_ratio_buckets")
+    @classmethod
+    def _pairs_of_sides(cls, value: str | None) -> str | None:
+        pair = r"[1-9]\d*,[1-9]\d*"
+        if value in (None, "auto") or re.fullmatch(f"{pair}(;{pair})*", str(value)):
+            return value
+        raise ValueError("should be auto or height,width;height,width, for example 512,768;768,512")
+
+    @field_validator("caption_templates")
+    @classmethod
+    def _one_gap(cls, value: list[str]) -> list[str]:
+        for template in value:
+            if template.count("{}") != 1:
+                raise ValueError(
+                    f"should hold {{}} once, as in 'a photo of {{}}', got '{template}'"
+                )
         return value
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
-        if self.instance_data_dir is None:
-            raise ValueError("instance_data_dir is missing: give the folder with the photos")
-        if self.instance_prompt is None:
-            raise ValueError("instance_prompt is missing, for example 'a photo of a sks dog'")
-        if self.with_prior_preservation and self.class_prompt is None:
-            raise ValueError("with_prior_preservation needs class_prompt, the prompt without token")
+        self._require_subject()
+        self._require_prior()
         if self.cache_latents and not self.center_crop:
             raise ValueError("random crops (center_crop off) need cache_latents off")
         if self.resolution % 8:
             raise ValueError(f"resolution must be a multiple of 8 pixels, got {self.resolution}")
+        return self
+
+    def _require_subject(self) -> None:
+        if self.concepts:
+            named(self.concepts)
+            given = [key for key in (*OWN, OWN_HELD_OUT) if getattr(self, key) is not None]
+            if given:
+                raise ValueError(
+                    f"with concepts, {', '.join(given)} must stand in each of them, not beside them"
+                )
+            return
+        if self.instance_data_dir is None:
+            raise ValueError("instance_data_dir is missing: give the folder with the photos")
+        if self.instance_prompt is None:
+            raise ValueError("instance_prompt is missing, for example 'a photo of a sks dog'")
         if self.validation_data_dir is not None and self.num_validation_photos:
             raise ValueError("give validation_data_dir or num_validation_photos, not both")
-        return self
+
+    def _require_prior(self) -> None:
+        if self.prior_loss == "prediction":
+            if not self.with_prior_preservation:
+                raise ValueError("prior_loss prediction needs with_prior_preservation")
+            if self.class_batch_size is not None:
+                raise ValueError(
+                    "class_batch_size is for class images; with prior_loss prediction every photo "
+                    "of a batch is used: leave it out"
+                )
+        elif self.with_prior_preservation and not any(c.class_prompt for c in self.subjects):
+            raise ValueError("with_prior_preservation needs class_prompt, the prompt without token")
+
+    @property
+    def subjects(self) -> list[ConceptConfig]:
+        """The concepts, nothing left to default; one without name from the plain settings."""
+        plain = ConceptConfig(
+            instance_data_dir=self.instance_data_dir or "",
+            instance_prompt=self.instance_prompt or "",
+            class_data_dir=self.class_data_dir,
+            class_prompt=self.class_prompt,
+            validation_data_dir=self.validation_data_dir,
+        )
+        return [
+            replace(
+                concept,
+                num_class_images=concept.num_class_images or self.num_class_images,
+                num_validation_photos=self._held_out_of(concept),
+            )
+            for concept in (named(self.concepts) or [plain])
+        ]
+
+    def _held_out_of(self, concept: ConceptConfig) -> int:
+        if concept.validation_data_dir is not None:
+            return 0
+        own = concept.num_validation_photos
+        return self.num_validation_photos if own is None else own
+
+    @property
+    def uses_class_images(self) -> bool:
+        """Whether class images are generated and trained on."""
+        return self.with_prior_preservation and self.prior_loss == "images"
 
     @property
     def prompts(self) -> list[str]:
