@@ -4,6 +4,7 @@ from .allocator import METRICS, Allocator
 from .apportion import apportion
 from .kernels import GAMMA_MIN, distance_kernel, linear_kernel, mix, positive_gamma
 from .merge import fold, merged_linear
+from .merge_conv import Geometry, merged_conv2d
 from .sparsify import (
     LIVE_AT_ZERO,
     RULES,
@@ -23,12 +24,14 @@ __all__ = [
     "RULES",
     "Allocator",
     "FirstThreshold",
+    "Geometry",
     "apportion",
     "dense",
     "distance_kernel",
     "fold",
     "kept_count",
     "linear_kernel",
+    "merged_conv2d",
     "merged_linear",
     "mix",
     "positive_gamma",

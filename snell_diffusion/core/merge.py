@@ -42,12 +42,17 @@ def merged_linear(
         y, [..., O], in the dtype `F.linear(x, weight, bias)` has.
     """
     if torch.compiler.is_compiling():
-        return F.linear(x, fold(weight, _delta(delta_fn, params, weight)), bias)
+        return F.linear(x, fold(weight, delta_of(delta_fn, params, weight)), bias)
     y: Tensor = _MergedLinear.apply(delta_fn, x, weight, bias, *params)
     return y
 
 
-def _delta(delta_fn: DeltaFn, params: Sequence[Tensor], weight: Tensor) -> Tensor:
+def delta_of(delta_fn: DeltaFn, params: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """Delta, outside of autocast.
+
+    Raises:
+        ValueError: It is not shaped as the weight matrix [O, I].
+    """
     with no_autocast(weight.device):
         delta = delta_fn(*params)
     if delta.shape != weight.shape:
@@ -74,7 +79,7 @@ class _MergedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.delta_fn = delta_fn
         ctx.save_for_backward(x, weight, *params)
-        return F.linear(x, fold(weight, _delta(delta_fn, params, weight)), bias)
+        return F.linear(x, fold(weight, delta_of(delta_fn, params, weight)), bias)
 
     @staticmethod
     @once_differentiable
@@ -86,14 +91,14 @@ class _MergedLinear(torch.autograd.Function):
                 p.detach().requires_grad_(n) for p, n in zip(params, need_params, strict=True)
             ]
             with torch.set_grad_enabled(any(need_params)):
-                delta = _delta(ctx.delta_fn, leaves, weight)
+                delta = delta_of(ctx.delta_fn, leaves, weight)
             gx = gweight = None
             if need_x:
                 gx = (gy @ fold(weight, delta.detach()).to(gy.dtype)).to(x.dtype)
             if need_weight or any(need_params):
                 gweight = _weight_gradient(gy, x, transposed=delta.mT.is_contiguous())
             gbias = gy.reshape(-1, gy.shape[-1]).sum(0) if need_bias else None
-            gparams = _param_gradients(delta, leaves, gweight)
+            gparams = param_gradients(delta, leaves, gweight)
         gweight = gweight.to(weight.dtype) if need_weight and gweight is not None else None
         return None, gx, gweight, gbias, *gparams
 
@@ -113,9 +118,10 @@ def _weight_gradient(gy: Tensor, x: Tensor, transposed: bool) -> Tensor:
     return gy.to(wide).T @ x.to(wide)
 
 
-def _param_gradients(
+def param_gradients(
     delta: Tensor, leaves: Sequence[Tensor], gweight: Tensor | None
 ) -> list[Tensor | None]:
+    """The gradients of the params from that of Delta [O, I]; None where none is wanted."""
     wanted = [p for p in leaves if p.requires_grad]
     if not wanted or gweight is None:
         return [None] * len(leaves)

@@ -99,10 +99,12 @@ class DeltaConfig(PeftConfig):
 class DeltaModel(BaseTuner):
     """Puts a method's layers into a model; all of PEFT's verbs work on the result.
 
-    A method sets `prefix` and `tuner_layer_cls`.
+    A method sets `prefix`, `tuner_layer_cls` for Linear and `conv_layer_cls`, a subclass of it, for
+    Conv2d.
     """
 
     tuner_layer_cls: type[DeltaLayer]
+    conv_layer_cls: type[DeltaLayer]
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
@@ -131,10 +133,16 @@ class DeltaModel(BaseTuner):
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, peft_config, current_key)
             return
-        layer = self.tuner_layer_cls(target, adapter_name, peft_config, current_key)
+        layer = self._layer_class(target)(target, adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _layer_class(self, target: nn.Module) -> type[DeltaLayer]:
+        """The method's layer for a module, which another tuner may have wrapped."""
+        while isinstance(target, BaseTunerLayer):
+            target = target.get_base_layer()
+        return self.conv_layer_cls if isinstance(target, nn.Conv2d) else self.tuner_layer_cls
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         protect(model)

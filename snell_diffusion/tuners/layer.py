@@ -1,6 +1,7 @@
-"""The layer every method shares: a Linear with additive updates, y = x (W0 + Σ s_a ΔW_a)ᵀ + b.
+"""The layer every method shares: a module with additive updates, y = x (W0 + Σ s_a ΔW_a)ᵀ + b.
 
-Shape legend: I in features, O out features; weights and updates are (O, I), inputs [..., I].
+Shape legend: I in features, O out features; weights and updates are (O, I), inputs [..., I]. What
+is here is a Linear's; `conv.py` has the same for kernels flattened to rows.
 
 A method gives parameters and one pure function of them (`delta_params`, `delta_fn`). Wrapping,
 forward, merge, unmerge, scale, dropout, several adapters and disabling follow from those two here.
@@ -27,7 +28,7 @@ from snell_diffusion.tuners.weights import (
     Merged,
     fingerprint,
     has_plain_weight,
-    is_plain_linear,
+    is_plain,
     realised_error,
 )
 
@@ -40,7 +41,7 @@ DeltaFn = Callable[..., Tensor]
 
 
 class DeltaLayer(nn.Module, BaseTunerLayer):
-    """A Linear that adds the updates of its active adapters.
+    """A Linear (or, in `conv.py`, a Conv2d) that adds the updates of its active adapters.
 
     A float32 or float64 base takes part in one product with W0 + ΔW. A 16-bit base, autocast to 16
     bits, a quantized base, a base with hooks and a base that another tuner has wrapped are called
@@ -64,13 +65,14 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             to the update: |W - W0 - ΔW| / |ΔW| in Frobenius norms; 0 is exact, 1 is all lost.
 
     Raises:
-        TypeError: The layer to wrap is not an `nn.Linear`.
+        TypeError: The layer to wrap is neither an `nn.Linear` nor, for `conv.py`, an `nn.Conv2d`.
     """
 
     other_param_names: tuple[str, ...] = (
         *("r", "scaling", "configs", "weights", "merge_error"),
         "trained_sparsity",
     )
+    kind = "linear"
     fold_16bit = False
     cache_in_eval = True
 
@@ -86,14 +88,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         # In a loaded pipeline (eval mode) a fresh layer must neither drop inputs nor recompute.
         self.training = base_layer.training
         self.base_layer = base_layer
-        linear = self.get_base_layer()
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(
-                f"{type(self).__name__} wraps nn.Linear, but target module {key!r} is "
-                f"{type(linear).__name__}: leave it out of target_modules"
-            )
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
+        self.adopt(key)
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.configs: dict[str, DeltaConfig] = {}
@@ -108,6 +103,47 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.add_containers()
         self.update_layer(adapter_name, config, key)
+
+    # What a kind of module provides
+
+    def adopt(self, key: str) -> None:
+        """Read `in_features` and `out_features`, the sizes of an update, off the base layer."""
+        linear = self.get_base_layer()
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(
+                f"{type(self).__name__} wraps nn.Linear or nn.Conv2d, but target module {key!r} is "
+                f"{type(linear).__name__}: leave it out of target_modules"
+            )
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+
+    def weight_shape(self) -> tuple[int, ...]:
+        """The base weight's shape; flattened after its first axis it is (O, I)."""
+        return self.out_features, self.in_features
+
+    def is_plain(self) -> bool:
+        """Whether calling the base layer is exactly `multiply` by its weight and bias."""
+        return is_plain(self.base_layer, nn.Linear)
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the base layer computes, with another weight."""
+        return F.linear(x, weight, bias)
+
+    def multiply_trained(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        delta_fn: DeltaFn,
+        params: Sequence[Tensor],
+    ) -> Tensor:
+        """The same with weight + delta_fn(*params), for a backward pass that keeps no update."""
+        return merged_linear(x, weight, bias, delta_fn, params)
+
+    @staticmethod
+    def folded(weight: Tensor, delta: Tensor) -> Tensor:
+        """Weight plus update (O, I), shaped as the weight, rounded once to its dtype."""
+        return fold(weight.flatten(1), delta).view_as(weight)
 
     # What a method provides
 
@@ -317,24 +353,23 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """x (W + ΔW)ᵀ + b in one product; without a weight, x ΔWᵀ."""
         if weight is None:
             # A view of one zero: the update alone through the same code, without another matrix.
-            weight = x.new_zeros(()).expand(self.out_features, self.in_features)
+            weight = x.new_zeros(()).expand(self.weight_shape())
         if torch.is_grad_enabled():
             for name in adapters if self.training else ():
                 self.on_training_forward(name)
             fn, params = self._combined(adapters)
-            return merged_linear(x, weight, bias, fn, params)
+            return self.multiply_trained(x, weight, bias, fn, params)
         if self.training or torch.compiler.is_compiling():
             fn, params = self._combined(adapters)
             delta = fn(*params)
         else:
             delta = self._cached_delta(adapters)
-        return F.linear(x, fold(weight, delta), bias)
+        return self.multiply(x, self.folded(weight, delta), bias)
 
     def _folds(self, x: Tensor) -> bool:
-        linear = self.base_layer
-        if not is_plain_linear(linear):
+        if not self.is_plain():
             return False
-        halves = linear.weight.dtype in HALVES or (
+        halves = self.base_layer.weight.dtype in HALVES or (
             torch.is_autocast_enabled(x.device.type)
             and torch.get_autocast_dtype(x.device.type) in HALVES
         )
@@ -379,14 +414,14 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         with torch.no_grad(), self._onloaded():
             fn, params = self._combined(adapters)
             delta = fn(*params)
-            merged = fold(weight, delta)
+            merged = self.folded(weight, delta)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(
                     f"merging adapter(s) {', '.join(adapters)} would write NaN or infinite values "
                     "into the base weight, nothing was changed; the adapter's own values are "
                     "broken: load an earlier one"
                 )
-            error = realised_error(weight, merged, delta)
+            error = realised_error(weight, merged, delta.view_as(weight))
             original = weight.detach().to("cpu", copy=True)
             weight.copy_(merged)
         before = self._merged
@@ -417,7 +452,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 weight.copy_(merged.original)
             else:
                 fn, params = self._combined(self.merged_adapters, merged.scales)
-                weight.copy_(fold(weight, -fn(*params)))
+                weight.copy_(self.folded(weight, -fn(*params)))
         self._merged = None
         self.merged_adapters.clear()
         self.merge_error.clear()

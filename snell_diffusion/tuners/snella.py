@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from snell_diffusion.core import FirstThreshold, dense, threshold, update
 from snell_diffusion.tuners.base import DeltaConfig, DeltaModel
 from snell_diffusion.tuners.containers import PreciseBufferDict, PreciseParameterDict
+from snell_diffusion.tuners.conv import ConvLayer
 from snell_diffusion.tuners.layer import DeltaLayer
 from snell_diffusion.tuners.registry import Method
 from snell_diffusion.tuners.snella_config import SIGN, SnellaConfig
 
-__all__ = ["METHOD", "SnellaConfig", "SnellaLayer", "SnellaModel"]
+__all__ = ["METHOD", "SnellaConfig", "SnellaConvLayer", "SnellaLayer", "SnellaModel"]
 
 
 @dataclass(frozen=True)
@@ -247,11 +248,33 @@ class SnellaLayer(DeltaLayer):
         return config
 
 
+class SnellaConvLayer(ConvLayer, SnellaLayer):
+    """A Conv2d with SNELLA updates of its flattened kernels.
+
+    One more buffer, `snella_kernel` [3], tells kernel height, kernel width and groups, for a file
+    whose header is lost: the factors alone do not.
+    """
+
+    other_param_names = (*SnellaLayer.other_param_names, "snella_kernel")
+
+    def add_containers(self) -> None:
+        super().add_containers()
+        self.snella_kernel = PreciseBufferDict()
+
+    def create_tensors(
+        self, adapter: str, config: DeltaConfig, generator: torch.Generator | None
+    ) -> None:
+        super().create_tensors(adapter, config, generator)
+        conv = self.get_base_layer()
+        self.snella_kernel[adapter] = torch.tensor([*conv.kernel_size, conv.groups]).float()
+
+
 class SnellaModel(DeltaModel):
     """PEFT's model class for SNELLA."""
 
     prefix = "snella_"
     tuner_layer_cls = SnellaLayer
+    conv_layer_cls = SnellaConvLayer
 
 
 METHOD = Method(name="SNELLA", config=SnellaConfig, model=SnellaModel)

@@ -15,7 +15,7 @@ __all__ = [
     "Merged",
     "fingerprint",
     "has_plain_weight",
-    "is_plain_linear",
+    "is_plain",
     "realised_error",
 ]
 
@@ -83,18 +83,19 @@ def realised_error(weight: Tensor, merged: Tensor, delta: Tensor) -> float:
     return float(off / norm) if norm > 0 else 0.0
 
 
-def has_plain_weight(linear: nn.Linear) -> bool:
-    """Whether the weight is a matrix of floats as it stands: not quantized, packed or sharded."""
-    weight = linear.weight
-    return type(weight) in (nn.Parameter, Tensor) and weight.dtype in FLOATS and weight.ndim == 2
+def has_plain_weight(layer: nn.Module) -> bool:
+    """Whether the weight is floats as they stand: not quantized, packed or sharded."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    axes = 4 if isinstance(layer, nn.Conv2d) else 2
+    return type(weight) in (nn.Parameter, Tensor) and weight.dtype in FLOATS and weight.ndim == axes
 
 
-def is_plain_linear(layer: nn.Module) -> bool:
-    """Whether calling the layer is exactly `F.linear` on its weight: no wrapper, hook or patch."""
+def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the layer is exactly `kind` on its weight: no wrapper, hook or patch."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return bool(
-        isinstance(layer, nn.Linear)
-        and type(layer).forward is nn.Linear.forward
+        isinstance(layer, kind)
+        and type(layer).forward is kind.forward
         and "forward" not in vars(layer)
         and not any(getattr(layer, name) for name in hooks)
         and has_plain_weight(layer)

@@ -468,9 +468,10 @@ def test_an_adapter_name_is_used_once():
         layer.update_layer("default", SnellaConfig.paper(), "layer")
 
 
-def test_only_linear_layers_can_be_adapted():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(4, 4))
-    with pytest.raises(TypeError, match=r"wraps nn\.Linear, but target module '0' is Conv2d"):
+def test_other_layers_cannot_be_adapted():
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Linear(4, 4))
+    expected = r"wraps nn\.Linear or nn\.Conv2d, but target module '0' is Conv1d"
+    with pytest.raises(TypeError, match=expected):
         get_peft_model(model, SnellaConfig.paper(target_modules=["0"]))
 
 
