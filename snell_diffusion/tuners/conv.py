@@ -1,9 +1,9 @@
 """Updates of convolutions: a Conv2d's kernels as the rows of a matrix, y = x * (W0 + Σ s_a ΔW_a).
 
 Shape legend: g groups, kernel kh x kw; O out features = output channels, I in features = what one
-output sees, (input channels / g) · kh · kw. Kernels flattened after their first axis are (O, I), the
-shape of an update and all that a method knows of it. Stride, dilation, groups and every padding mode
-are the base layer's own.
+output sees, (input channels / g) · kh · kw. Flattened after their first axis kernels are (O, I),
+the shape of an update and all that a method knows of it. Stride, dilation, groups and every padding
+mode are the base layer's own.
 """
 
 from collections.abc import Sequence

@@ -29,13 +29,17 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 }
 
 
+# torch itself warns that an even kernel's "same" takes one more row on one side.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+
+
 def conv_layer(geometry: str = "plain", seed: int = 1, **config: Any) -> SnellaConvLayer:
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 8, **GEOMETRIES[geometry])
     settings = SnellaConfig(**{"r": 4, "seed": seed, "init_sparsity": 0.3, **config})
     layer = SnellaConvLayer(conv, "default", settings, "conv")
     with torch.no_grad():
-        layer.snella_A["default"].mul_(20)
+        layer.snella_A["default"].mul_(100)
     return layer
 
 
@@ -54,8 +58,8 @@ def merged_twin(layer: ConvLayer) -> nn.Conv2d:
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_forward_is_the_convolution_with_merged_kernels(geometry: str) -> None:
     layer, x = conv_layer(geometry), pictures()
-    expected = merged_twin(layer)(x)
-    assert float((expected - layer.get_base_layer()(x)).abs().max()) > 1e-3
+    expected = merged_twin(layer)(x).detach()
+    assert float((expected - layer.get_base_layer()(x).detach()).abs().max()) > 1e-2
     torch.testing.assert_close(layer(x), expected)  # differentiated
     with torch.no_grad():
         torch.testing.assert_close(layer.eval()(x), expected)  # from the kept update
@@ -156,6 +160,7 @@ def test_one_model_with_linear_and_convolution_merges_as_a_whole() -> None:
         assert float((expected - model(x)).abs().max()) > 0
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_a_convolution_that_lora_has_wrapped_takes_an_update_too() -> None:
     from peft import LoraConfig
 
