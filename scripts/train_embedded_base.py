@@ -9,25 +9,23 @@ run alone, and `base` may run while `data` is still writing. Needs scikit-image 
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from embedded_base.data import EARLY_CLASSES, Painter
+from embedded_base.data import Painter
 from embedded_base.export import assemble, export
 from embedded_base.probe import (
     accuracy,
-    accuracy_by_class,
-    generate,
-    held_out_prompts,
     load_probe,
     paint_batch,
     train_probe,
 )
-from embedded_base.report import class_grid, draw_grid, provenance
-from embedded_base.text_to_image import BaseConfig, BaseTrainer, write_shard
+from embedded_base.report import provenance
+from embedded_base.scoring import draw_classes, prompt_scores
+from embedded_base.shards import BaseConfig, write_shard
+from embedded_base.text_to_image import base_trainer
 from embedded_base.tokenizer import build_tokenizer
 from embedded_base.vae import (
     VaeConfig,
@@ -42,7 +40,6 @@ from embedded_base.vae import (
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "snell_diffusion" / "models" / "embedded"
 DOCS = ROOT / "docs" / "embedded_base"
-GUIDANCE, SAMPLING_STEPS = 3.0, 20  # of the scores and grids
 
 
 def load_vae(args: argparse.Namespace) -> AutoencoderKL:
@@ -86,7 +83,7 @@ def stage_data(args: argparse.Namespace) -> None:
 
 def stage_base(args: argparse.Namespace) -> None:
     """Train UNet and text encoder together."""
-    BaseTrainer(args.work, BaseConfig(steps=args.steps, seed=args.seed)).train()
+    base_trainer(args.work, BaseConfig(steps=args.steps, seed=args.seed)).train()
 
 
 def stage_probe(args: argparse.Namespace) -> None:
@@ -109,24 +106,10 @@ def stage_score(args: argparse.Namespace) -> None:
     probe, painter = load_probe(args.work / "probe.pt"), Painter(args.font, args.seed)
     rng = np.random.default_rng([args.seed, 78])
     real, real_whats = paint_batch(painter, pipeline.vae, rng, 2000)
-    whats = held_out_prompts(args.prompts, args.seed)
-    started = time.process_time()
-    x = generate(pipeline, whats, args.seed, GUIDANCE, SAMPLING_STEPS)
-    per_picture = (time.process_time() - started) / len(whats)
-    early = torch.tensor([w.noun in EARLY_CLASSES for w in whats])
     state = torch.load(args.work / "base.pt")
     scores = {
         "probe_on_composites": accuracy(probe, real, real_whats) | {"pictures": len(real_whats)},
-        "held_out_prompts": accuracy(probe, x, whats) | {"pictures": len(whats)},
-        "held_out_prompts_first_20_classes": accuracy(
-            probe, x[early], [w for w in whats if w.noun in EARLY_CLASSES]
-        ),
-        "object_by_class": accuracy_by_class(probe, x, whats),
-        "sampling": {
-            "guidance_scale": GUIDANCE,
-            "steps": SAMPLING_STEPS,
-            "process_s_per_picture": round(per_picture, 3),
-        },
+        **prompt_scores(pipeline, probe, args.prompts, args.seed),
         "vae_psnr_db": {"held_out_photo": round(psnr(pipeline.vae, held_out_crops(64)), 2)},
         "base": {k: state[k] for k in ("step", "samples", "process_s", "config")},
         "provenance": provenance(args.font),
@@ -134,12 +117,7 @@ def stage_score(args: argparse.Namespace) -> None:
     DOCS.mkdir(parents=True, exist_ok=True)
     (DOCS / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     print(json.dumps(scores["held_out_prompts"]))
-    grid = class_grid()
-    draw_grid(
-        generate(pipeline, grid, args.seed + 1, GUIDANCE, SAMPLING_STEPS),
-        grid,
-        DOCS / "classes.png",
-    )
+    draw_classes(pipeline, args.seed, DOCS / "classes.png")
 
 
 STAGES = {

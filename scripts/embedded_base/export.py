@@ -1,13 +1,19 @@
-"""Write the trained parts as one diffusers folder that StableDiffusionPipeline loads."""
+"""Write the trained parts as one diffusers folder that its stock pipeline loads."""
 
 import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
 from torch import Tensor
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
+from .flow import build_flow_scheduler, build_transformer, with_projection
 from .text_to_image import build_scheduler, build_text_encoder, build_unet
 
 
@@ -33,7 +39,33 @@ def assemble(
     )
 
 
-def export(pipeline: StableDiffusionPipeline, folder: Path) -> float:
+def assemble_dit(base: Path, weights: dict[str, Tensor]) -> StableDiffusion3Pipeline:
+    """A pipeline in float32 from weights keyed 'transformer.*' and the base's other parts.
+
+    Args:
+        base: The exported embedded base, whose text encoder serves as both that SD3 has.
+        weights: The averaged weights.
+    """
+    transformer = build_transformer()
+    transformer.load_state_dict({k.removeprefix("transformer."): v for k, v in weights.items()})
+    vae = AutoencoderKL.from_pretrained(base / "vae")
+    vae.register_to_config(shift_factor=0.0)  # the SD3 pipeline adds it and takes no None
+    tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
+    encoder = with_projection(CLIPTextModel.from_pretrained(base / "text_encoder"))
+    return StableDiffusion3Pipeline(
+        transformer=transformer.eval(),
+        scheduler=build_flow_scheduler(),
+        vae=vae.eval(),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=encoder,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def export(pipeline: DiffusionPipeline, folder: Path) -> float:
     """Save in float16 and swap the folder in at once; files of other kinds there are kept.
 
     Returns:
@@ -46,8 +78,8 @@ def export(pipeline: StableDiffusionPipeline, folder: Path) -> float:
     pipeline.to(dtype=torch.float32)
     # transformers loads in the dtype its config names: without this, a plain from_pretrained
     # would mix a float16 text encoder with a float32 UNet
-    config = fresh / "text_encoder" / "config.json"
-    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    for config in fresh.glob("text_encoder*/config.json"):
+        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     if folder.exists():
         for card in folder.glob("*.md"):
             shutil.copy(card, fresh / card.name)
