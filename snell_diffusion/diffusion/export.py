@@ -14,6 +14,7 @@ from snell_diffusion.adapters.export_merge import merge_adapter
 from snell_diffusion.adapters.read import AdapterFile
 from snell_diffusion.diffusion.loaded import models_of
 from snell_diffusion.errors import SnellaBaseError, SnellaFileError
+from snell_diffusion.models import SHIPPED_BASES, embedded_path
 from snell_diffusion.versions import require
 
 __all__ = ["REPORT_NAME", "export_merged"]
@@ -77,10 +78,8 @@ def _load(base: str, revision: str | None) -> Any:
     import torch
     from diffusers import DiffusionPipeline
 
-    if base == "embedded":
-        from snell_diffusion.models import embedded_path
-
-        base = str(embedded_path())
+    if base in SHIPPED_BASES:
+        base = str(embedded_path(base))
     try:
         return DiffusionPipeline.from_pretrained(
             base, revision=revision, dtype=torch.float32, use_safetensors=True
