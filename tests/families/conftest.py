@@ -1,21 +1,27 @@
 """Tiny pipelines and their short training runs, made once per session and family."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from torch import Tensor, nn
 
 from snell_diffusion.diffusion import training
+from snell_diffusion.diffusion.batches import square_geometry
 from snell_diffusion.diffusion.config import TrainConfig
-from snell_diffusion.diffusion.families import Family, families
-from snell_diffusion.diffusion.setup import Model
+from snell_diffusion.diffusion.families import Conditions, Family, families
+from snell_diffusion.diffusion.losses import Objective, squared_error
+from snell_diffusion.diffusion.setup import Model, add_adapters, load_base
+from snell_diffusion.diffusion.timesteps import TimestepSettings
 from snell_diffusion.diffusion.training import RunResult, run
 from tests.diffusion import training_runs
 from tests.families.tiny import Tiny, tiny
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,48 @@ def settings(case: Case, folder: Path, **changes: Any) -> TrainConfig:
         "sparsify": "mask",
     }
     return training_runs.config(case.folder, folder, **{**values, **changes})
+
+
+def conditions(case: Case, pipe: Any, prompts: list[str]) -> Conditions:
+    """What the denoiser is given for whole pictures with these prompts."""
+    geometry = square_geometry(len(prompts), case.tiny.side, CPU)
+    return {**case.family.encode_text(pipe, prompts), "geometry": geometry}
+
+
+def noisy_example(case: Case, pipe: Any, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """Two noisy random pictures, what the denoiser should answer, and timesteps."""
+    draw, side = torch.Generator().manual_seed(5), case.tiny.side
+    pixels = torch.rand(2, 3, side, side, generator=draw) * 2 - 1
+    with torch.no_grad():
+        latents = case.family.encode_images(pipe, pixels)[0]
+    noise = torch.randn(latents.shape, generator=draw)
+    timesteps = objective.timesteps(torch.tensor([0.2, 0.7]), side**2)
+    noisy = objective.add_noise(latents, noise, timesteps)
+    return noisy, objective.target(latents, noise, timesteps), timesteps
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A base with fresh dense adapters, and the loss of one fixed batch."""
+
+    pipe: Any
+    components: dict[str, nn.Module]
+    loss: Callable[[Conditions], Tensor]
+
+
+@pytest.fixture(scope="session")
+def adapted(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Adapted:
+    config = settings(case, tmp_path_factory.mktemp("adapted"), init_sparsity=0, target_sparsity=0)
+    family, pipe = load_base(config)
+    components = add_adapters(replace(config, init="paper"), family, pipe)
+    objective = family.objective(pipe, CPU, TimestepSettings())
+    noisy, target, timesteps = noisy_example(case, pipe, objective)
+
+    def loss(asked: Conditions) -> Tensor:
+        denoiser = components[family.denoiser]
+        return squared_error(family.denoise(denoiser, noisy, timesteps, asked), target).mean()
+
+    return Adapted(pipe, components, loss)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What the contract tests need to know of a family: its tiny pipeline and how the stock one is used.
+"""What the contract tests need to know of a family: its tiny pipeline, how the stock one is used.
 
 Every family has a file `tiny_<name>.py` beside this one with a record `TINY = Tiny(...)`.
 """
@@ -26,7 +26,7 @@ class Tiny:
     Attributes:
         save: (folder) -> None; writes a complete stock pipeline, seeded, a few hundred KB, with
             tokenizers, that `DiffusionPipeline.from_pretrained(folder)` loads offline.
-        stock_text: (pipeline, prompts) -> what the stock pipeline's own prompt encoding gives, under
+        stock_text: (pipeline, prompts) -> what the stock pipeline's own encoding gives, under
             the names that the family's `encode_text` uses.
         options: What `DiffusionPipeline.from_pretrained` has to be given beside the folder.
         side: Side of training and sample pictures in pixels; a multiple of the family's `multiple`.
@@ -38,6 +38,7 @@ class Tiny:
         trains_text: Whether the contract tests train the text encoders too.
         idle: Parts of names of adapters that no gradient reaches, because the stock pipeline does
             not use what their layer gives.
+        film: Whether its VAE takes films, of which a picture is one frame.
         atol: How exactly the stock scheduler follows the straight or curved path to the data.
     """
 
@@ -51,6 +52,7 @@ class Tiny:
     trains_text: bool = True
     idle: tuple[str, ...] = ()
     atol: float = 1e-4
+    film: bool = False
 
 
 def tiny(name: str) -> Tiny:

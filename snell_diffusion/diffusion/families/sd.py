@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snell_diffusion.diffusion import kl_vae
 from snell_diffusion.diffusion.families.base import Conditions, Family, SampleRequest
 from snell_diffusion.diffusion.losses import DiffusionObjective
 from snell_diffusion.diffusion.timesteps import TimestepSettings
@@ -40,18 +41,6 @@ def encode_text(pipe: Any, prompts: Sequence[str]) -> Conditions:
     masked = getattr(encoder.config, "use_attention_mask", False)
     mask = tokens.attention_mask.to(encoder.device) if masked else None
     return {"text": encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]}
-
-
-def encode_images(pipe: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    scale = pipe.vae.config.scaling_factor
-    posterior = pipe.vae.encode(pixels.to(pipe.vae.device, pipe.vae.dtype)).latent_dist
-    return posterior.mean.float() * scale, posterior.std.float() * scale
-
-
-def decode_latents(pipe: Any, latents: Tensor) -> Tensor:
-    latents = latents.to(pipe.vae.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
-    pixels = pipe.vae.decode(latents).sample.float().cpu() / 2 + 0.5
-    return pixels.clamp(0, 1).where(pixels.isfinite(), torch.nan)
 
 
 def native_size(pipe: Any) -> int:
@@ -98,8 +87,8 @@ FAMILY = Family(
     native_size=native_size,
     load=load,
     encode_text=encode_text,
-    encode_images=encode_images,
-    decode_latents=decode_latents,
+    encode_images=kl_vae.encode_images,
+    decode_latents=kl_vae.decode_latents,
     objective=objective,
     denoise=denoise,
     sample=sample,

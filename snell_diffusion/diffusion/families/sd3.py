@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snell_diffusion.diffusion import kl_vae
 from snell_diffusion.diffusion.families.base import Conditions, Family, SampleRequest
 from snell_diffusion.diffusion.flow import FlowObjective, scheduler_shift
 from snell_diffusion.diffusion.timesteps import TimestepSettings
@@ -41,20 +42,6 @@ def encode_text(pipe: Any, prompts: Sequence[str]) -> Conditions:
         do_classifier_free_guidance=False,
     )
     return {"text": text, "pooled": pooled}
-
-
-def encode_images(pipe: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    vae = pipe.vae
-    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    scale, shift = vae.config.scaling_factor, vae.config.shift_factor
-    return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
-
-
-def decode_latents(pipe: Any, latents: Tensor) -> Tensor:
-    vae = pipe.vae
-    latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
-    pixels = vae.decode(latents + vae.config.shift_factor).sample.float().cpu() / 2 + 0.5
-    return pixels.clamp(0, 1).where(pixels.isfinite(), torch.nan)
 
 
 def native_size(pipe: Any) -> int:
@@ -118,8 +105,8 @@ FAMILY = Family(
     native_size=native_size,
     load=load,
     encode_text=encode_text,
-    encode_images=encode_images,
-    decode_latents=decode_latents,
+    encode_images=kl_vae.encode_images,
+    decode_latents=kl_vae.decode_latents,
     objective=objective,
     denoise=denoise,
     sample=sample,
