@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import nn
 
 from snell_diffusion.adapters.identity import config_hash
@@ -14,6 +14,7 @@ from snell_diffusion.diffusion.families import Family, family_of
 from snell_diffusion.diffusion.losses import Objective
 from snell_diffusion.diffusion.timesteps import TimestepSettings
 from snell_diffusion.errors import SnellaConfigError
+from snell_diffusion.models import SHIPPED_BASES, embedded_path
 from snell_diffusion.training.adapter_tensors import (
     Components,
     trainable_parameters,
@@ -52,12 +53,9 @@ _LORA_RANK = 16
 
 
 def base_path(config: TrainConfig) -> str:
-    """Folder or hub id of the base; `embedded` is the model that ships with this package."""
-    if config.pretrained_model_name_or_path == "embedded":
-        from snell_diffusion.models import embedded_path
-
-        return str(embedded_path())
-    return config.pretrained_model_name_or_path
+    """Folder or hub id of the base; some names stand for models that ship with this package."""
+    name = config.pretrained_model_name_or_path
+    return str(embedded_path(name)) if name in SHIPPED_BASES else name
 
 
 def load_base(config: TrainConfig) -> tuple[Family, Any]:
@@ -238,12 +236,19 @@ def add_adapters(config: TrainConfig, family: Family, pipe: Any) -> dict[str, nn
         components[name] = getattr(pipe, name)
         seed_torch(config.seed, "init", index)
         try:
-            components[name].add_adapter(settings, adapter_name=ADAPTER)  # type: ignore[operator]
+            _adapt(components[name], settings)
         except ValueError as error:
             raise SnellaConfigError(f"{name} cannot be adapted: {error}") from error
     for parameter in trainable_parameters(components).values():
         parameter.data = parameter.data.float()
     return components
+
+
+def _adapt(model: nn.Module, settings: PeftConfig) -> None:
+    if hasattr(model, "add_adapter"):
+        model.add_adapter(settings, adapter_name=ADAPTER)  # type: ignore[operator]
+    else:  # PixArt's transformer is one of the few without it
+        inject_adapter_in_model(settings, model, ADAPTER)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""A tiny random Lumina 2 base: pictures of 64 pixels are latents of 8 x 8."""
+"""A tiny Lumina 2: its VAE covers eight pixels by one latent, as the pipeline takes for granted."""
+
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -8,12 +11,14 @@ from diffusers import (
     Lumina2Transformer2DModel,
 )
 
-from tests.families import vocabularies
-from tests.families.tiny_sana import text_encoder
+from snell_diffusion.diffusion.families import Conditions
+from tests.families import gemma
+from tests.families.components import WIDTH
+from tests.families.tiny import Tiny
 
 
 def vae() -> AutoencoderKL:
-    """Eight pixels per latent, scaled and shifted, as in FLUX."""
+    torch.manual_seed(0)
     return AutoencoderKL(
         block_out_channels=[4, 4, 4, 4],
         norm_num_groups=4,
@@ -24,14 +29,12 @@ def vae() -> AutoencoderKL:
         shift_factor=0.1159,
         use_quant_conv=False,
         use_post_quant_conv=False,
-        mid_block_add_attention=False,
     ).eval()
 
 
-def pipeline(seed: int = 0) -> Lumina2Pipeline:
-    torch.manual_seed(seed)
-    tokenizer = vocabularies.gemma([" <Prompt Start> "])
-    transformer = Lumina2Transformer2DModel(
+def transformer() -> Lumina2Transformer2DModel:
+    torch.manual_seed(0)
+    return Lumina2Transformer2DModel(
         sample_size=8,
         in_channels=4,
         hidden_size=24,
@@ -42,12 +45,29 @@ def pipeline(seed: int = 0) -> Lumina2Pipeline:
         multiple_of=8,
         axes_dim_rope=(4, 2, 2),
         axes_lens=(300, 8, 8),
-        cap_feat_dim=32,
-    )
-    return Lumina2Pipeline(
-        transformer=transformer.eval(),
+        cap_feat_dim=WIDTH,
+    ).eval()
+
+
+def save(folder: Path) -> None:
+    tokenizer = gemma.tokenizer()
+    Lumina2Pipeline(
+        transformer=transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
         vae=vae(),
-        text_encoder=text_encoder(len(tokenizer), layers=3),
+        text_encoder=gemma.encoder(len(tokenizer), layers=3),
         tokenizer=tokenizer,
-    )
+    ).save_pretrained(folder)
+
+
+def stock_text(pipe: Any, prompts: list[str]) -> Conditions:
+    text, mask, _, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+    return {"text": text, "mask": mask}
+
+
+TINY = Tiny(
+    save=save,
+    stock_text=stock_text,
+    side=64,
+    idle=("text_encoder.layers.2.",),  # the pipeline takes the last layer's input
+)

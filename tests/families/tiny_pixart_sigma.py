@@ -1,45 +1,57 @@
-"""A tiny random PixArt-Sigma base: pictures of 32 pixels are latents of 16 x 16."""
+"""A tiny PixArt-Sigma, whose transformer also predicts a variance."""
+
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DPMSolverMultistepScheduler,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
 )
-from transformers import T5Config, T5EncoderModel
 
-from tests import tiny_models
-from tests.families import vocabularies
+from snell_diffusion.diffusion.families import Conditions
+from tests.families import components
+from tests.families.tiny import Tiny
 
 
-def pipeline(seed: int = 0) -> PixArtSigmaPipeline:
-    torch.manual_seed(seed)
-    tokenizer = vocabularies.t5()
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=32,
-        d_kv=8,
-        d_ff=48,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-    )
-    transformer = PixArtTransformer2DModel(
-        num_attention_heads=4,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,  # the second half is the learned variance
-        num_layers=2,
-        cross_attention_dim=32,
-        caption_channels=32,
-        sample_size=16,
-    )
-    vae: AutoencoderKL = tiny_models.vae(seed)
-    return PixArtSigmaPipeline(
-        tokenizer=tokenizer,
-        text_encoder=T5EncoderModel(config).eval(),
-        vae=vae,
-        transformer=transformer.eval(),
-        scheduler=DPMSolverMultistepScheduler(beta_schedule="linear"),
-    )
+def transformer(**changes: Any) -> PixArtTransformer2DModel:
+    torch.manual_seed(0)
+    config: dict[str, Any] = {
+        "num_attention_heads": 4,
+        "attention_head_dim": 8,
+        "in_channels": 4,
+        "out_channels": 8,  # the second half is the variance
+        "num_layers": 2,
+        "cross_attention_dim": 32,
+        "caption_channels": components.WIDTH,
+        "sample_size": 8,
+    }
+    return PixArtTransformer2DModel(**{**config, **changes}).eval()
+
+
+def parts(**changes: Any) -> dict[str, Any]:
+    return {
+        "tokenizer": components.t5_tokenizer(),
+        "text_encoder": components.t5(),
+        "vae": components.vae(),
+        "transformer": transformer(**changes),
+        "scheduler": DPMSolverMultistepScheduler(),
+    }
+
+
+def save(folder: Path) -> None:
+    PixArtSigmaPipeline(**parts()).save_pretrained(folder)
+
+
+def stock_text(pipe: Any, prompts: list[str]) -> Conditions:
+    text, mask, _, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+    return {"text": text, "mask": mask}
+
+
+TINY = Tiny(
+    save=save,
+    stock_text=stock_text,
+    plain={"guidance_scale": 1.0, "use_resolution_binning": False, "clean_caption": False},
+    guided={"guidance_scale": 3.0, "use_resolution_binning": False, "clean_caption": False},
+)
