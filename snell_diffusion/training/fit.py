@@ -14,7 +14,7 @@ from torch import Tensor
 from snell_diffusion.training.checkpoints import Checkpoint, Tensors
 from snell_diffusion.training.errors import CheckpointError
 
-_STATE_OF = re.compile(r"(\d{1,9})\.(\w+)")
+_STATE_OF = re.compile(r"(\d{1,9})\.(\w+(?:\.\w+)?)")
 # What torch's optimizers keep per entry of a parameter; others (rows, blocks, counts) are free.
 _PER_ENTRY = {
     "acc_delta",

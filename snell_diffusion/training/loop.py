@@ -28,7 +28,7 @@ from snell_diffusion.training.finite import (
     total_norm,
 )
 from snell_diffusion.training.fit import require_fit
-from snell_diffusion.training.optimizers import pack_optimizer, unpack_optimizer
+from snell_diffusion.training.optimizers import own_rate, pack_optimizer, unpack_optimizer
 from snell_diffusion.training.parallel import Parallel
 from snell_diffusion.training.randomness import seed_torch
 from snell_diffusion.training.signals import StopRequest
@@ -201,6 +201,9 @@ def _one_step(
     numbers, stopping = _read_numbers(totals, norms, stop, parallel)
     sound = _require_finite_step(state, loss_at, totals, numbers, parallel)
     numbers["lr"] = float(state.optimizer.param_groups[0]["lr"])
+    estimate = own_rate(state.optimizer)
+    if estimate is not None:
+        numbers["d"] = estimate
     if sound:
         if settings.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(

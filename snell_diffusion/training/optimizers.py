@@ -12,6 +12,9 @@ from torch import Tensor
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.errors import CheckpointError
 
+# The optional dependencies that hold optimizers, by their import name.
+_EXTRAS = {"bitsandbytes": "quant", "prodigyopt": "prodigy"}
+
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     """Find an optimizer: `AdamW` means torch.optim.AdamW, otherwise an import path.
@@ -22,14 +25,26 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module or "torch.optim"), attribute)
-    except (ImportError, AttributeError) as error:
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get(module.partition(".")[0])
+        if extra is None:
+            raise _not_found(name, error) from error
         raise SnellaConfigError(
-            f"optimizer '{name}' was not found ({error}); give a class of torch.optim such as "
-            f"AdamW, or an import path such as bitsandbytes.optim.AdamW8bit"
+            f"optimizer '{name}' needs a package that is not installed: "
+            f"pip install 'snell-diffusion[{extra}]'"
         ) from error
+    except (ImportError, AttributeError) as error:
+        raise _not_found(name, error) from error
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise SnellaConfigError(f"optimizer '{name}' is not a torch.optim.Optimizer class")
     return found
+
+
+def _not_found(name: str, error: Exception) -> SnellaConfigError:
+    return SnellaConfigError(
+        f"optimizer '{name}' was not found ({error}); give a class of torch.optim such as AdamW, "
+        f"or an import path such as bitsandbytes.optim.AdamW8bit"
+    )
 
 
 def make_optimizer(
@@ -47,7 +62,7 @@ def make_optimizer(
         arguments: `name=value` strings, values as Python literals; they win and must be known.
 
     Raises:
-        SnellaConfigError: Unknown optimizer, or arguments it refuses.
+        SnellaConfigError: Unknown optimizer, arguments it refuses, or rates it cannot have.
     """
     cls = optimizer_class(name)
     known = inspect.signature(cls).parameters
@@ -56,9 +71,35 @@ def make_optimizer(
         key, _, text = pair.partition("=")
         options[key] = _literal(text)
     try:
-        return cls(list(groups), **options)  # type: ignore[call-arg]
+        optimizer = cls(list(groups), **options)  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
         raise SnellaConfigError(f"optimizer '{name}' refused its arguments: {error}") from error
+    require_one_rate(optimizer)
+    return optimizer
+
+
+def own_rate(optimizer: torch.optim.Optimizer) -> float | None:
+    """The estimate `d` by which an optimizer scales its learning rate; None where it has none.
+
+    Prodigy (arXiv:2306.06101) keeps it in its groups, with its start `d0`, and steps by lr * d.
+    """
+    group = optimizer.param_groups[0]
+    return float(group["d"]) if "d0" in group else None  # Adafactor's `d` is a threshold
+
+
+def require_one_rate(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse groups with different rates for an optimizer that estimates one for all.
+
+    Raises:
+        SnellaConfigError: Names the rates.
+    """
+    rates = {group["lr"] for group in optimizer.param_groups} - {0.0}
+    if own_rate(optimizer) is not None and len(rates) > 1:
+        raise SnellaConfigError(
+            f"optimizer {type(optimizer).__name__} estimates one learning rate for all tensors, "
+            f"but the groups have {', '.join(map(str, sorted(rates)))}: leave out "
+            f"scalar_learning_rate and text_encoder_lr, and set learning_rate 1.0"
+        )
 
 
 def _literal(text: str) -> Any:
@@ -81,6 +122,8 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
         for key, value in entries.items():
             if isinstance(value, Tensor):
                 tensors[f"{index}.{key}"] = value
+            elif _is_table(value):
+                tensors |= {f"{index}.{key}.{name}": tensor for name, tensor in value.items()}
             elif value is None or isinstance(value, (bool, int, float, str)):
                 plain.setdefault(str(index), {})[key] = value
             else:
@@ -92,14 +135,22 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
     return tensors, {"state": plain, "groups": state["param_groups"]}
 
 
+def _is_table(value: Any) -> bool:
+    """bitsandbytes keeps the tensors of its 8-bit moments one level further down."""
+    return isinstance(value, dict) and all(isinstance(part, Tensor) for part in value.values())
+
+
 def unpack_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]
 ) -> None:
     """Restore what `pack_optimizer` returned into an optimizer over the same parameters."""
     state: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in plain["state"].items()}
     for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
+        index, *path, key = name.split(".")
+        entries = state.setdefault(int(index), {})
+        for table in path:
+            entries = entries.setdefault(table, {})
+        entries[key] = tensor
     live = optimizer.state_dict()["param_groups"]
     if len(live) != len(plain["groups"]):
         raise CheckpointError(
