@@ -12,10 +12,12 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from torch import nn
 
 from snell_diffusion.errors import SnellaConfigError, shown
+from snell_diffusion.tuners.bypass import BYPASSED, is_bypassed
 from snell_diffusion.tuners.layer import DeltaLayer
 from snell_diffusion.tuners.qkv_guard import protect
 from snell_diffusion.tuners.registry import MethodName
 from snell_diffusion.tuners.traverse import delta_layers
+from snell_diffusion.tuners.weights import is_linear_like
 
 __all__ = ["DEFAULT_TARGETS", "DeltaConfig", "DeltaLayer", "DeltaModel"]
 
@@ -118,7 +120,8 @@ class DeltaModel(BaseTuner):
         elif peft_config.target_modules == "all-linear":
             wrapped = {path for path, _ in _tuner_layers(model)}
             _maybe_include_all_linear_layers(peft_config, model)
-            peft_config.target_modules = sorted({*peft_config.target_modules, *wrapped})
+            names = {*peft_config.target_modules, *wrapped}
+            peft_config.target_modules = sorted(names - _bypassed(model, names))
 
     def _create_and_replace(
         self,
@@ -133,6 +136,11 @@ class DeltaModel(BaseTuner):
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, peft_config, current_key)
             return
+        if is_bypassed(parent, target_name):
+            raise SnellaConfigError(
+                f"target module {current_key!r} cannot be adapted: {type(parent).__name__} "
+                f"{BYPASSED}; leave it out of target_modules"
+            )
         layer = self._layer_class(target)(target, adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -183,27 +191,39 @@ class DeltaModel(BaseTuner):
 
 
 def default_targets(model: nn.Module) -> list[str]:
-    """Those of `DEFAULT_TARGETS` that end the path of a Linear of the model.
+    """Those of `DEFAULT_TARGETS` that end the path of a Linear of the model, quantized or not.
 
     Raises:
         SnellaConfigError: The model has none of them.
     """
-    names = [
-        *(name for name, module in model.named_modules() if isinstance(module, nn.Linear)),
+    names = {
+        *(name for name, module in model.named_modules() if is_linear_like(module)),
         *(name for name, _ in _tuner_layers(model)),
-    ]
+    }
+    names -= _bypassed(model, names)
     found = [
         target
         for target in DEFAULT_TARGETS
         if any(f".{name}".endswith(f".{target}") for name in names)
     ]
     if not found:
+        examples = shown(sorted(names), 4) or "none: it has no Linear layer at all"
         raise SnellaConfigError(
             f"target_modules is not set and {type(model).__name__} has no Linear layer by a usual "
             f"name ({', '.join(DEFAULT_TARGETS[:8])}, ...); set target_modules to names of its "
-            f"layers, for example {shown(names, 4) or 'none: it has no Linear layer at all'}"
+            f"layers, for example {examples}"
         )
     return sorted(found)
+
+
+def _bypassed(model: nn.Module, names: Collection[str]) -> set[str]:
+    """Those of some module paths whose owner reads their weight itself."""
+    owned = {path: path.rpartition(".") for path in names}
+    return {
+        path
+        for path, (owner, _, name) in owned.items()
+        if is_bypassed(model.get_submodule(owner), name)
+    }
 
 
 def warn_about_merge_error(model: nn.Module) -> None:

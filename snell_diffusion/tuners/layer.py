@@ -10,24 +10,26 @@ forward, merge, unmerge, scale, dropout, several adapters and disabling follow f
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.hooks import AlignDevicesHook  # type: ignore[import-untyped]
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from snell_diffusion.core import fold, merged_linear
+from snell_diffusion.tuners.offload import offloaded, onloaded
 from snell_diffusion.tuners.scale import CallScale
 from snell_diffusion.tuners.weights import (
     HALVES,
     CachedDelta,
     Merged,
+    device_of,
     fingerprint,
     has_plain_weight,
+    is_linear_like,
     is_plain,
     realised_error,
 )
@@ -65,7 +67,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             to the update: |W - W0 - ΔW| / |ΔW| in Frobenius norms; 0 is exact, 1 is all lost.
 
     Raises:
-        TypeError: The layer to wrap is neither an `nn.Linear` nor, for `conv.py`, an `nn.Conv2d`.
+        TypeError: The layer to wrap is neither like an `nn.Linear` (`weights.is_linear_like`) nor,
+            for `conv.py`, an `nn.Conv2d`.
     """
 
     other_param_names: tuple[str, ...] = (
@@ -109,7 +112,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def adopt(self, key: str) -> None:
         """Read `in_features` and `out_features`, the sizes of an update, off the base layer."""
         linear = self.get_base_layer()
-        if not isinstance(linear, nn.Linear):
+        if not is_linear_like(linear):
             raise TypeError(
                 f"{type(self).__name__} wraps nn.Linear or nn.Conv2d, but target module {key!r} is "
                 f"{type(linear).__name__}: leave it out of target_modules"
@@ -213,7 +216,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         """Move an adapter next to its base weight; unlike PEFT's own, keep it in full precision."""
-        device = device or self.get_base_layer().weight.device
+        device = device or device_of(self.get_base_layer())
         if device.type == "meta":
             return
         for _, container in self.containers():
@@ -308,8 +311,10 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def _cached_delta(self, adapters: tuple[str, ...]) -> Tensor:
         sources = [t for a in adapters for t in (*self.delta_params(a), *self.delta_state(a))]
         scales = tuple((name, self.scaling[name]) for name in adapters)
-        # Tensors made in inference mode count no versions, so a change could not be seen.
+        # Tensors made in inference mode count no versions, so a change could not be seen. And what
+        # is offloaded between calls must not leave its update behind on the device.
         keep = self.cache_in_eval and not any(tensor.is_inference() for tensor in sources)
+        keep = keep and not any(offloaded(child) for _, child in self.containers())
         if keep and self._cached is not None and self._cached.fits(sources, scales):
             return self._cached.delta
         fn, params = self._combined(adapters)
@@ -375,24 +380,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         )
         return self.fold_16bit or not halves
 
-    @contextmanager
-    def _onloaded(self) -> Iterator[None]:
-        """Bring parameters back that accelerate's offloading keeps elsewhere between calls.
-
-        Its hooks sit on module calls, and nothing calls a parameter dictionary.
-        """
-        hooked = []
-        for _, child in self.containers():
-            hook = getattr(child, "_hf_hook", None)
-            if isinstance(hook, AlignDevicesHook) and hook.offload:
-                hooked.append((hook, child))
-        for hook, child in hooked:
-            hook.pre_forward(child)
-        try:
-            yield
-        finally:
-            for hook, child in hooked:
-                hook.post_forward(child, None)
+    def _onloaded(self) -> AbstractContextManager[None]:
+        return onloaded(child for _, child in self.containers())
 
     # Merge
 
@@ -460,14 +449,19 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.unscale_layer()
 
     def _writable_weight(self, adapters: list[str]) -> Tensor:
-        linear = self.get_base_layer()
-        if not has_plain_weight(linear):
+        layer = self.get_base_layer()
+        if not has_plain_weight(layer):
+            weight = getattr(layer, "weight", None)
             raise ValueError(
-                f"cannot merge adapter(s) {', '.join(adapters)} into {type(linear).__name__} with "
-                f"weights of type {type(linear.weight).__name__} and dtype {linear.weight.dtype}: "
-                "use the adapter unmerged, or load the base model unquantized"
+                f"cannot merge adapter(s) {', '.join(adapters)} into {type(layer).__name__} with "
+                + (
+                    f"weights of type {type(weight).__name__} and dtype {weight.dtype}"
+                    if isinstance(weight, Tensor)
+                    else "no weight of floats"
+                )
+                + ": use the adapter unmerged, or load the base model unquantized"
             )
-        return linear.weight
+        return layer.weight
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True

@@ -13,8 +13,10 @@ __all__ = [
     "HALVES",
     "CachedDelta",
     "Merged",
+    "device_of",
     "fingerprint",
     "has_plain_weight",
+    "is_linear_like",
     "is_plain",
     "realised_error",
 ]
@@ -83,20 +85,44 @@ def realised_error(weight: Tensor, merged: Tensor, delta: Tensor) -> float:
     return float(off / norm) if norm > 0 else 0.0
 
 
+def is_linear_like(module: nn.Module) -> bool:
+    """Whether a module maps [..., I] to [..., O] as a Linear does, however it keeps its weight.
+
+    That is an `nn.Linear`, all its subclasses among them, or a module with whole numbers
+    `in_features` and `out_features`: quantization packages pack or rename the weight.
+    """
+    if isinstance(module, nn.Linear):
+        return True
+    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return all(type(size) is int for size in sizes)
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a layer's weight is, or under whatever name it keeps one."""
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor):
+        return weight.device
+    tensors = (*layer.parameters(), *layer.buffers())
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
 def has_plain_weight(layer: nn.Module) -> bool:
-    """Whether the weight is floats as they stand: not quantized, packed or sharded."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    axes = 4 if isinstance(layer, nn.Conv2d) else 2
-    return type(weight) in (nn.Parameter, Tensor) and weight.dtype in FLOATS and weight.ndim == axes
+    """Whether the weight is floats as they stand: not quantized, packed, renamed or sharded."""
+    weight: Tensor | None = getattr(layer, "weight", None)
+    if weight is None or type(weight) not in (nn.Parameter, Tensor):
+        return False
+    return weight.dtype in FLOATS and weight.ndim == (4 if isinstance(layer, nn.Conv2d) else 2)
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the layer is exactly `kind` on its weight: no wrapper, hook or patch."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    # Hooks that are taken off again leave the class's own method behind on the instance.
+    forward = vars(layer).get("forward", kind.forward)
     return bool(
         isinstance(layer, kind)
         and type(layer).forward is kind.forward
-        and "forward" not in vars(layer)
+        and getattr(forward, "__func__", forward) is kind.forward
         and not any(getattr(layer, name) for name in hooks)
         and has_plain_weight(layer)
     )

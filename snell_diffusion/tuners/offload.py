@@ -1,0 +1,47 @@
+"""Parameters that offloading keeps elsewhere between calls, brought back for the time of one.
+
+Both accelerate's hooks and diffusers' group offloading bring a module's tensors to the device where
+it computes when the module is called. Nothing ever calls a dictionary of parameters, so its hooks
+are called here.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate.hooks import AlignDevicesHook  # type: ignore[import-untyped]
+from torch import nn
+
+__all__ = ["group_hook", "offloaded", "onloaded"]
+
+GROUP_OFFLOADING = "group_offloading"  # diffusers' name of the hook
+
+
+@contextmanager
+def onloaded(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Tensors of modules on the device where their hooks compute; back again afterwards."""
+    hooked = [(hook, module) for module in modules for hook in _hooks(module)]
+    for hook, module in hooked:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for hook, module in hooked:
+            hook.post_forward(module, None)
+
+
+def offloaded(module: nn.Module) -> bool:
+    """Whether a hook of this very module keeps its tensors elsewhere between calls."""
+    return bool(_hooks(module))
+
+
+def group_hook(module: nn.Module) -> Any:
+    """A module's own hook of diffusers' group offloading; None if it has none."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook(GROUP_OFFLOADING)
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    hook, group = getattr(module, "_hf_hook", None), group_hook(module)
+    found = [hook] if isinstance(hook, AlignDevicesHook) and hook.offload else []
+    return found if group is None else [*found, group]
