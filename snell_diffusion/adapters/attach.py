@@ -1,6 +1,7 @@
 """Puts an adapter's layers into a model and takes them out again, by literal module paths."""
 
 import copy
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from snell_diffusion.adapters.schema import Layer
 from snell_diffusion.adapters.state import layer_tensors, live_value, method_name
 from snell_diffusion.tuners import DeltaLayer, delta_layers
 from snell_diffusion.tuners.qkv_guard import release
@@ -73,16 +75,59 @@ def inject(model: nn.Module, config: Any, paths: Iterable[str], adapter_name: st
         target._hf_peft_config_loaded = True  # type: ignore[assignment]
 
 
-def stand_in(linear: nn.Linear, share: bool) -> nn.Linear:
-    """A Linear of the same size that owns nothing: it shares the weight, or shows one zero for all.
+def adaptable(module: nn.Module | None) -> nn.Linear | nn.Conv2d | None:
+    """The layer that an update can be added to, inside of what tuners have put around it."""
+    while isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    return module if isinstance(module, (nn.Linear, nn.Conv2d)) else None
+
+
+def form_of(layer: nn.Linear | nn.Conv2d) -> dict[str, Any]:
+    """What a layer table says of a layer's form: kind, shape (O, I), and a kernel's size."""
+    if isinstance(layer, nn.Linear):
+        return {"kind": "linear", "shape": [layer.out_features, layer.in_features]}
+    per_output = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+    return {
+        "kind": "conv2d",
+        "shape": [layer.out_channels, per_output],
+        "kernel": list(layer.kernel_size),
+        "groups": layer.groups,
+    }
+
+
+def form_in(row: Layer) -> dict[str, Any]:
+    """The same, as a file has it."""
+    form: dict[str, Any] = {"kind": row.kind, "shape": row.shape}
+    return form if row.kernel is None else {**form, "kernel": row.kernel, "groups": row.groups}
+
+
+def blank(form: Mapping[str, Any]) -> nn.Linear | nn.Conv2d:
+    """A layer of a form, on the meta device and without bias."""
+    out_features, in_features = form["shape"]
+    if form["kind"] == "linear":
+        return nn.Linear(in_features, out_features, bias=False, device="meta")
+    kernel, groups = form["kernel"], form["groups"]
+    channels = in_features // math.prod(kernel) * groups
+    return nn.Conv2d(channels, out_features, kernel, groups=groups, bias=False, device="meta")
+
+
+def zero_layer(form: Mapping[str, Any], device: torch.device | None = None) -> nn.Module:
+    """A layer of a form whose weight is one zero, seen everywhere."""
+    layer = blank(form)
+    zeros = torch.zeros((), device=device).expand(layer.weight.shape)
+    layer.weight = nn.Parameter(zeros, requires_grad=False)
+    return layer
+
+
+def stand_in(layer: nn.Linear | nn.Conv2d, share: bool) -> nn.Module:
+    """A layer of the same form that owns nothing: it shares the weight, or shows one zero for all.
 
     The zero is on the weight's device: PEFT moves the factors next to it.
     """
-    size = linear.out_features, linear.in_features
-    twin = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-    weight = linear.weight.detach()
-    weight = weight if share else torch.zeros((), device=weight.device).expand(size)
-    twin.weight = nn.Parameter(weight, requires_grad=False)
+    if not share:
+        return zero_layer(form_of(layer), layer.weight.device)
+    twin = blank(form_of(layer))
+    twin.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
     return twin
 
 
@@ -147,8 +192,7 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> int:
                 setattr(parent, name, layer.base_layer)
     if count:
         forget(target, adapter_name)
-    if next(delta_layers(target), None) is None:
-        release(target)
+    release(target)
     return count
 
 

@@ -92,6 +92,12 @@ def bare_header(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
         SnellaKeyError: Tensors that are none of ours, or no method tensor.
         SnellaShapeError: Factors that are not [heads, features, columns].
     """
+    words = [name for name in tensors if name.endswith(".snella_tokens")]
+    if words:
+        raise SnellaKeyError(
+            f"{source}: has embeddings of new words ({shown(map(quoted, words))}), and only the "
+            "header tells which words: load the file itself, or a dict as of snella_state_dict"
+        )
     found = [name for name in tensors if _method_of(name)]
     if not 1 <= len(found) <= limits.MAX_COMPONENTS:
         raise SnellaKeyError(
@@ -117,7 +123,7 @@ def bare_header(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     return {
         "format": limits.FORMAT,
         "writer": "unknown (bare state dict)",
-        "requires": sorted({part["method"] for part in parts.values()}),
+        "requires": sorted({"conv", *(part["method"] for part in parts.values())}),
         "origin": {},
         "components": parts,
         "metadata": {},
@@ -170,12 +176,18 @@ def _row(stem: str, tensors: Mapping[str, Tensor], source: str) -> dict[str, Any
             f"columns] and [heads, out, columns], got {list(A.shape)} and "
             f"{list(B.shape)}; save the adapter again"
         )
+    kernel = tensors.get(f"{stem}_kernel")
+    if kernel is not None and list(kernel.shape) != [3]:
+        raise SnellaShapeError(
+            f"{source}: tensor {quoted(f'{stem}_kernel', 200)}: expected shape [3], got "
+            f"{list(kernel.shape)}; save the adapter again"
+        )
     heads, columns = A.shape[0], A.shape[2]
     in_features, out_features = A.shape[1], B.shape[1]
     size = in_features * out_features
     sparsity = float(join_doubles(level, f"{source}: tensor {quoted(needed[2], 200)}"))
     return {
-        "kind": "linear",
+        **_kind(kernel),
         "shape": [out_features, in_features],
         "r": heads * columns,
         "heads": heads,
@@ -184,3 +196,11 @@ def _row(stem: str, tensors: Mapping[str, Tensor], source: str) -> dict[str, Any
         # What is out of range here is refused with the rest of the header.
         "kept": kept_count(size, sparsity) if size and 0 <= sparsity <= 1 else 0,
     }
+
+
+def _kind(kernel: Tensor | None) -> dict[str, Any]:
+    """What a layer's kernel tensor tells of a row; a Linear has none."""
+    if kernel is None:
+        return {"kind": "linear"}
+    height, width, groups = (int(number) for number in kernel.tolist())
+    return {"kind": "conv2d", "kernel": [height, width], "groups": groups}

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snell_diffusion.adapters.attach import skeleton
+from snell_diffusion.adapters.attach import form_in, skeleton, zero_layer
 from snell_diffusion.adapters.load import load_adapter
 from snell_diffusion.adapters.read import AdapterFile
-from snell_diffusion.adapters.schema import Layer
 from snell_diffusion.adapters.state import adapter_layers
 from snell_diffusion.errors import SnellaValueError
 
@@ -147,22 +146,14 @@ def layer_updates(file: AdapterFile) -> Iterator[tuple[str, str, Tensor]]:
         SnellaError: As `load_adapter`: tensors that do not fit the layer table or each other.
     """
     models: dict[str, nn.Module] = {
-        name: skeleton({path: _placeholder(row) for path, row in part.layers.items()})
+        name: skeleton({path: zero_layer(form_in(row)) for path, row in part.layers.items()})
         for name, part in file.header.components.items()
     }
-    load_adapter(models, file, NAME, allow_other_base=True, max_relative_update=math.inf)
+    updates = file.without_tokens()
+    load_adapter(models, updates, NAME, allow_other_base=True, max_relative_update=math.inf)
     with torch.no_grad():
         for component, path, layer in adapter_layers(models, NAME):
             yield component, path, layer.get_delta_weight(NAME)
-
-
-def _placeholder(row: Layer) -> nn.Linear:
-    """A Linear of the row's size whose weight is one zero, seen O * I times."""
-    out_features, in_features = row.shape
-    linear = nn.Linear(in_features, out_features, bias=False, device="meta")
-    zeros = torch.zeros(()).expand(out_features, in_features)
-    linear.weight = nn.Parameter(zeros, requires_grad=False)
-    return linear
 
 
 def export_notes(file: AdapterFile) -> Mapping[str, str]:

@@ -8,7 +8,6 @@ from snell_diffusion.adapters.export import NAME, LayerError
 from snell_diffusion.adapters.load import load_adapter
 from snell_diffusion.adapters.read import AdapterFile
 from snell_diffusion.adapters.state import Components, adapter_layers
-from snell_diffusion.core import fold
 from snell_diffusion.errors import SnellaValueError
 from snell_diffusion.tuners import DeltaLayer
 
@@ -53,7 +52,8 @@ def merge_adapter(
 
 
 def _merged(layer: DeltaLayer, dtype: torch.dtype) -> torch.Tensor:
-    return fold(layer.get_base_layer().weight, layer.get_delta_weight(NAME)).to(dtype)
+    weight: torch.Tensor = layer.get_base_layer().weight
+    return layer.folded(weight, layer.get_delta_weight(NAME)).to(dtype)
 
 
 def _measure(name: str, layer: DeltaLayer, dtype: torch.dtype, source: str) -> LayerError:
@@ -64,4 +64,4 @@ def _measure(name: str, layer: DeltaLayer, dtype: torch.dtype, source: str) -> L
             f"{source}: {name}: weight plus update exceeds the range of {dtype}; "
             "merge into bfloat16 or float32"
         )
-    return LayerError.of(name, delta, merged.double() - weight.double())
+    return LayerError.of(name, delta, (merged.double() - weight.double()).flatten(1))

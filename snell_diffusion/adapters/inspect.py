@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from snell_diffusion.adapters.read import AdapterFile, read_adapter
-from snell_diffusion.adapters.schema import Component
+from snell_diffusion.adapters.schema import Component, Layer, Tokens
 from snell_diffusion.errors import printable
 
 __all__ = ["inspect_adapter", "summary"]
@@ -17,7 +17,7 @@ def inspect_adapter(source: str | os.PathLike[str]) -> dict[str, Any]:
         SnellaError: As `read_adapter`.
     """
     file = read_adapter(source)
-    return {**file.header.model_dump(by_alias=True), "digest": file.digest, "source": file.source}
+    return {**file.header.to_data(), "digest": file.digest, "source": file.source}
 
 
 def summary(file: AdapterFile, layers: bool = True) -> str:
@@ -31,10 +31,21 @@ def summary(file: AdapterFile, layers: bool = True) -> str:
     origin = {name: value for name, value in header.origin.model_dump().items() if value}
     lines += [f"{name:<9} {value}" for name, value in origin.items()]
     lines += [f"  {name}: {value}" for name, value in sorted(header.metadata.items())]
+    if header.tokens is not None:
+        lines += ["", *_words(header.tokens)]
     for name, part in header.components.items():
         lines += ["", *_component(name, part, layers)]
     # Whatever a file says is text for people, and a terminal would obey its control characters.
     return "\n".join(printable(line) for line in lines)
+
+
+def _words(tokens: Tokens) -> list[str]:
+    words = [f"{w.text} ({w.vectors} vector{'s' * (w.vectors > 1)})" for w in tokens.words]
+    encoders = [
+        f"  {name}: {tokens.vectors} x {row.size} numbers on {row.model} {row.config_hash[:12]}"
+        for name, row in tokens.encoders.items()
+    ]
+    return [f"new words: {', '.join(words)}", *encoders]
 
 
 def _component(name: str, part: Component, layers: bool) -> list[str]:
@@ -55,7 +66,11 @@ def _component(name: str, part: Component, layers: bool) -> list[str]:
         lines += [
             f"  {path:<{width}}  {row.shape!s:>13}  {row.sparsity:8.4f}  "
             f"{'level' if row.threshold is None else f'{row.threshold:.3g}':>9}  "
-            f"{row.kept / (row.shape[0] * row.shape[1]):.1%}"
+            f"{row.kept / (row.shape[0] * row.shape[1]):.1%}{_kernel(row)}"
             for path, row in part.layers.items()
         ]
     return lines
+
+
+def _kernel(row: Layer) -> str:
+    return "" if row.kernel is None else f"  conv {row.kernel[0]}x{row.kernel[1]}"

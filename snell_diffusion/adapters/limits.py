@@ -1,8 +1,9 @@
-"""Limits of format 1.0. A file beyond any of them is refused before its body is read."""
+"""Limits of format 1. A file beyond any of them is refused before its body is read."""
 
 import re
 
-FORMAT = "1.0"
+FORMAT = "1.1"  # the newest that is read and written
+PLAIN_FORMAT = "1.0"  # what is written where nothing needs a later one
 WEIGHTS_NAME = "pytorch_snella_weights.safetensors"
 
 MAX_HEADER_BYTES = 4 * 2**20
@@ -20,6 +21,10 @@ MAX_DISTANCES = 2**30
 MAX_STRING = 256
 MAX_PROMPT = 2_048  # instance and class prompts, the only long texts
 MAX_METADATA = 64  # entries
+MAX_WORDS = 64  # new words of an adapter
+MAX_VECTORS = 32  # embeddings that one word stands for
+MAX_TOKENS = 256  # embeddings of all words
+MAX_KERNEL = 64  # rows or columns of a convolution's kernel
 MAX_SETTING = 256  # numbers of a layer's tensors other than its factors
 
 # What a file must not change, whatever it says: it would switch off what the owner switched on.
@@ -38,5 +43,7 @@ COMPONENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 MODULE_PATH = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 FIELD_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+# Brackets, so that no word is part of another or of ordinary text.
+WORD = re.compile(r"<[A-Za-z0-9][A-Za-z0-9_.-]{0,61}>")
 WRITER = re.compile(r"snell_diffusion ([0-9]{1,4}(?:\.[0-9]{1,4}){1,2})[a-z0-9.+]{0,32}")
 VERSION = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}")

@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from snell_diffusion.adapters import limits
 from snell_diffusion.adapters.attach import (
     activate,
+    adaptable,
     base_modules,
     fill,
     forget,
+    form_in,
+    form_of,
     inject,
     is_shared,
     remove_adapter,
@@ -31,6 +34,12 @@ from snell_diffusion.adapters.identity import config_hash
 from snell_diffusion.adapters.read import AdapterFile
 from snell_diffusion.adapters.schema import Component, Layer
 from snell_diffusion.adapters.state import Components, config_from, layer_tensors, stored_shape
+from snell_diffusion.adapters.tokens import (
+    Tokenizers,
+    check_tokens,
+    put_in_tokens,
+    remove_tokens,
+)
 from snell_diffusion.errors import (
     SnellaBaseError,
     SnellaKeyError,
@@ -61,6 +70,7 @@ class LoadReport:
         largest_update: max over layers of |ΔW| / |W| (Frobenius norms), with no entry of ΔW
             dropped, where it is largest; 0 where W is quantized.
         base_matches: By component, whether class and config hash are those it was trained on.
+        words: The new words that prompts may use.
     """
 
     adapter_name: str
@@ -70,6 +80,7 @@ class LoadReport:
     parameters: int
     largest_update: float
     base_matches: dict[str, bool]
+    words: tuple[str, ...] = ()
 
 
 def load_adapter(
@@ -78,6 +89,7 @@ def load_adapter(
     adapter_name: str = "default",
     allow_other_base: bool = False,
     max_relative_update: float = limits.MAX_RELATIVE_UPDATE,
+    tokenizers: Tokenizers | None = None,
 ) -> LoadReport:
     """Put a read adapter into live models and make it the only active one of our methods.
 
@@ -87,7 +99,8 @@ def load_adapter(
         allow_other_base: Load although a component's class or config hash differs from the one
             the adapter was trained on. Every layer must still be there with the same shape.
         max_relative_update: Largest accepted |ΔW| / |W| of a layer (Frobenius norms), at any
-            sparsity level.
+            sparsity level, and of a new word's embedding against the base's longest.
+        tokenizers: By their names in the pipeline; an adapter with new words needs them.
 
     Raises:
         SnellaKeyError: A component or module of the file is not there, tensors are missing or
@@ -123,7 +136,13 @@ def load_adapter(
         for name, shadow in shadows.items()
     )
     del shadows
-    _commit(components, parts, file, adapter_name)
+    tokens = file.header.tokens
+    if tokens is not None:
+        check_tokens(
+            *(components, tokenizers, tokens, file.tensors, file.source),
+            *(allow_other_base, max_relative_update),
+        )
+    _commit(components, parts, file, adapter_name, tokenizers or {})
     factors = [tensor for name, tensor in file.tensors.items() if name.endswith(("_A", "_B"))]
     return LoadReport(
         adapter_name=adapter_name,
@@ -133,6 +152,7 @@ def load_adapter(
         parameters=sum(tensor.numel() for tensor in factors),
         largest_update=largest,
         base_matches=matches,
+        words=() if tokens is None else tuple(word.text for word in tokens.words),
     )
 
 
@@ -208,30 +228,30 @@ def _misfits(model: nn.Module, part: Component) -> str:
     """The first difference between a model's modules and a layer table, empty if there is none."""
     modules = base_modules(model)
     for path, row in part.layers.items():
-        linear = _linear(modules.get(path))
-        if linear is None:
+        layer = adaptable(modules.get(path))
+        if layer is None:
             return f"this model has no Linear {path!r}: load the base it was trained on"
-        if [linear.out_features, linear.in_features] != row.shape:
-            came = [linear.out_features, linear.in_features]
-            return (
-                f"{path!r} is [out, in] = {came} here, {row.shape} in the file: load the base it "
-                "was trained on"
-            )
+        came, wanted = _form(form_of(layer)), _form(form_in(row))
+        if came != wanted:
+            wanted = wanted.removeprefix("[out, in] = ")
+            return f"{path!r} is {came} here, {wanted} in the file: load the base it was trained on"
     return ""
 
 
-def _linear(module: nn.Module | None) -> nn.Linear | None:
-    while isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
-    return module if isinstance(module, nn.Linear) else None
+def _form(form: Mapping[str, Any]) -> str:
+    """A layer's form in words."""
+    if form["kind"] == "linear":
+        return f"[out, in] = {form['shape']}"
+    height, width = form["kernel"]
+    return f"[out, in] = {form['shape']} of a {height}x{width} kernel with groups={form['groups']}"
 
 
 def _rehearse(model: nn.Module, component: str, file: AdapterFile, adapter_name: str) -> nn.Module:
     """One component's adapter on a skeleton of the model, every name and shape checked."""
     part = file.header.components[component]
-    linears = _check_modules(model, component, part, file.source)
+    layers = _check_modules(model, component, part, file.source)
     config = config_from(part, f"{file.source}: header field 'components.{component}")
-    leaves = {path: stand_in(linear, has_plain_weight(linear)) for path, linear in linears.items()}
+    leaves = {path: stand_in(layer, has_plain_weight(layer)) for path, layer in layers.items()}
     shadow = skeleton(leaves)
     inject(shadow, config, part.layers, adapter_name)
     for path, layer in delta_layers(shadow, adapter_name):
@@ -258,14 +278,14 @@ def _check_updates(shadow: nn.Module, source: str, adapter_name: str, bound: flo
 
 def _check_modules(
     model: nn.Module, component: str, part: Component, source: str
-) -> dict[str, nn.Linear]:
+) -> dict[str, nn.Linear | nn.Conv2d]:
     if is_fused(model):
         raise SnellaValueError(
             f"{component} computes with fused QKV projections, where an update would be left out: "
             "call unfuse_qkv_projections() before loading an adapter"
         )
     modules = base_modules(model)
-    missing = [path for path in part.layers if _linear(modules.get(path)) is None]
+    missing = [path for path in part.layers if adaptable(modules.get(path)) is None]
     if missing:
         raise SnellaKeyError(
             f"{source}: header field 'components.{component}.layers': expected Linear layers of "
@@ -273,18 +293,18 @@ def _check_modules(
             f"that are none: {shown(missing, 4)}; load the base it was trained on "
             f"({_trained_on(part)})"
         )
-    linears = {}
+    layers = {}
     for path, row in part.layers.items():
-        module, linear = modules[path], _linear(modules[path])
-        assert linear is not None
-        came = [linear.out_features, linear.in_features]
-        if came != row.shape:
+        module, layer = modules[path], adaptable(modules[path])
+        assert layer is not None
+        expected, came = form_of(layer), form_in(row)
+        if came != expected:
             raise SnellaShapeError(
-                f"{source}: layer {component}.{path}: expected [out, in] = {came} as in this "
-                f"model, got {row.shape}; the adapter is for another model size: load the base it "
-                "was trained on"
+                f"{source}: layer {component}.{path}: expected {_form(expected)} as in this model, "
+                f"got {_form(came).removeprefix('[out, in] = ')}; the adapter is for another model "
+                "size: load the base it was trained on"
             )
-        if linear.weight.device.type == "meta":
+        if layer.weight.device.type == "meta":
             raise SnellaValueError(
                 f"{component}.{path} has no weights in memory (offloaded to meta): load the "
                 "adapter before enable_sequential_cpu_offload or group offloading"
@@ -294,8 +314,8 @@ def _check_modules(
                 f"{component}.{path} has adapter(s) {shown(module.merged_adapters)} merged into "
                 "its weight: unfuse (unfuse_snella or unfuse_lora) before loading another"
             )
-        linears[path] = linear
-    return linears
+        layers[path] = layer
+    return layers
 
 
 def _check_tensors(
@@ -347,7 +367,11 @@ def _relative_update(layer: Any, adapter_name: str, bound: float, place: str) ->
 
 
 def _commit(
-    components: Components, parts: Components, file: AdapterFile, adapter_name: str
+    components: Components,
+    parts: Components,
+    file: AdapterFile,
+    adapter_name: str,
+    tokenizers: Tokenizers,
 ) -> None:
     """Phase two. A failure here would be a bug of ours; the models are restored all the same."""
     active = {
@@ -363,7 +387,10 @@ def _commit(
                 fill(layer, adapter_name, file.by_layer[f"{component}.{path}"])
         for model in components.values():
             activate(model, [adapter_name])
+        if file.header.tokens is not None:
+            put_in_tokens(components, tokenizers, file.header.tokens, file.tensors, adapter_name)
     except BaseException:
+        remove_tokens(components, tokenizers, adapter_name)
         for model in parts.values():
             remove_adapter(model, adapter_name)
             forget(unwrapped(model), adapter_name)

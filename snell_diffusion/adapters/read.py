@@ -4,7 +4,7 @@ import io
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +34,7 @@ from snell_diffusion.adapters.schema import (
     header_from,
     parse_header,
 )
+from snell_diffusion.adapters.tokens import TENSOR
 from snell_diffusion.adapters.version0 import is_version0, migrated
 from snell_diffusion.errors import (
     SnellaFileError,
@@ -68,6 +69,17 @@ class AdapterFile:
     tensors: dict[str, Tensor]
     source: str
     digest: str | None
+
+    def without_tokens(self) -> "AdapterFile":
+        """The updates alone, for places that have no tokenizer."""
+        if self.header.tokens is None:
+            return self
+        header = self.header.model_copy(
+            update={"tokens": None, "requires": sorted(set(self.header.requires) - {"tokens"})}
+        )
+        names = {f"{name}.{TENSOR}" for name in self.header.tokens.encoders}
+        tensors = {name: value for name, value in self.tensors.items() if name not in names}
+        return replace(self, header=header, tensors=tensors)
 
     @cached_property
     def by_layer(self) -> dict[str, dict[str, Tensor]]:
@@ -183,6 +195,7 @@ def _from_state_dict(state: Mapping[str, Any], source: str) -> AdapterFile:
 def _check_tensor_names(header: Header, names: Mapping[str, Any], source: str) -> None:
     """A file may only hold tensors that its own layer table generates, and each layer some."""
     methods = {f"{name}.{part.method}_method" for name, part in header.components.items()}
+    methods |= _word_shapes(header).keys()
     prefixes = {
         f"{name}.{path}": f"{part.method}_"
         for name, part in header.components.items()
@@ -210,6 +223,14 @@ def _check_tensor_names(header: Header, names: Mapping[str, Any], source: str) -
         )
 
 
+def _word_shapes(header: Header) -> dict[str, tuple[int, ...]]:
+    """The tensors of new words by name, and their shapes."""
+    if header.tokens is None:
+        return {}
+    rows, count = header.tokens.encoders, header.tokens.vectors
+    return {f"{name}.{TENSOR}": (count, row.size) for name, row in rows.items()}
+
+
 def _name(tensor_name: str) -> str:
     return quoted(tensor_name, 200)[1:-1]
 
@@ -228,7 +249,16 @@ def _check_shapes(header: Header, shapes: Mapping[str, tuple[int, ...]], source:
                         "([heads, features, columns]) by the layer table, got "
                         f"{list(came)}; {AGAIN}"
                     )
+    words = _word_shapes(header)
+    for name, wanted in words.items():
+        if shapes[name] != wanted:
+            raise SnellaShapeError(
+                f"{source}: tensor '{name}': expected shape {list(wanted)} ([embeddings, size]) by "
+                f"the header's words, got {list(shapes[name])}; {AGAIN}"
+            )
     for name, shape in shapes.items():
+        if name in words:
+            continue
         if not name.endswith(("_A", "_B")) and math.prod(shape) > MAX_SETTING:
             raise SnellaShapeError(
                 f"{source}: tensor {_name(name)!r}: expected a setting of at most {MAX_SETTING} "
@@ -265,6 +295,7 @@ def _check_values(header: Header, tensors: Mapping[str, Tensor], source: str) ->
                     f"expected 0 with sparsify 'none', got {layer.sparsity}; {AGAIN}"
                 )
             _check_level(f"{component}.{path}.{part.method}", layer, tensors, source)
+            _check_kernel(f"{component}.{path}.{part.method}_kernel", layer, tensors, source)
 
 
 def _count_not_finite(tensor: Tensor) -> int:
@@ -279,6 +310,18 @@ def _check_method(component: str, part: Component, tensor: Tensor, source: str) 
                 f"{place}: setting {name}: expected {quoted(part.config.get(name))} as in the "
                 f"header, got {value!r}; {AGAIN}"
             )
+
+
+def _check_kernel(name: str, layer: Layer, tensors: Mapping[str, Tensor], source: str) -> None:
+    expected = (
+        None if layer.kernel is None else [*map(float, layer.kernel), float(layer.groups or 1)]
+    )
+    came = tensors[name].tolist() if name in tensors else None
+    if came != expected:
+        raise SnellaValueError(
+            f"{source}: tensor '{name}': expected {expected} as in the layer table, got "
+            f"{quoted(came)}; {AGAIN}"
+        )
 
 
 def _check_level(stem: str, layer: Layer, tensors: Mapping[str, Tensor], source: str) -> None:

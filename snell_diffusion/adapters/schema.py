@@ -1,9 +1,9 @@
-"""The typed header of format 1.0, its parser with the version rules, and the digest.
+"""The typed header of format 1, its parser with the version rules, and the digest.
 
 The container's `__metadata__` holds three texts (and `format: pt`, which other tools expect):
 
-    snella.format   "1.0"; another major number is refused, unknown fields of a later minor number
-                    are ignored with one warning
+    snella.format   "1.0", or "1.1" where something needs it (see `_SINCE`); another major number
+                    is refused, unknown fields of a later minor number are ignored with one warning
     snella.header   JSON of `Header`, the only description of the tensors that is trusted
     snella.digest   "sha256:" + hex over the header text and every tensor (see `digest`)
 """
@@ -32,7 +32,10 @@ from snell_diffusion.errors import SnellaFileError, SnellaSchemaError, quoted, s
 FORMAT_KEY, HEADER_KEY, DIGEST_KEY = "snella.format", "snella.header", "snella.digest"
 
 # What a reader of this version can compute. A writer lists what its adapter needs in `requires`.
-FEATURES = frozenset({"snella"})
+FEATURES = frozenset({"snella", "conv", "tokens"})
+# The format that brought a feature. A file of an earlier one cannot have it, and one that has it
+# says so: readers of before refuse it by name.
+_SINCE = {"conv": "1.1", "tokens": "1.1"}
 
 READING = f"the file is damaged or was not written by snell_diffusion: {FETCH}"
 WRITING = "nothing was written: change it and save again"
@@ -81,13 +84,17 @@ class _Strict(BaseModel):
 class Layer(_Strict):
     """One adapted module: kind, size, the factors' size, and what the threshold leaves of it."""
 
-    kind: Literal["linear"]
-    shape: Annotated[list[int], Field(min_length=2, max_length=2)]  # [out features, in features]
+    kind: Literal["linear", "conv2d"]
+    # [out features, in features]; of a convolution the flattened kernels of one output
+    shape: Annotated[list[int], Field(min_length=2, max_length=2)]
     r: Annotated[int, Field(ge=1, le=limits.MAX_RANK)]  # columns of A and B, over all heads
     heads: Annotated[int, Field(ge=1, le=limits.MAX_HEADS)]
     sparsity: Annotated[float, Field(ge=0.0, le=1.0)]  # share of entries that are zero
     threshold: Annotated[Finite, Field(ge=0.0)] | None  # magnitude; None: taken from the sparsity
     kept: Annotated[int, Field(ge=0)]  # entries that survive
+    # Only of a convolution: kernel [height, width] and groups.
+    kernel: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
+    groups: Annotated[int, Field(ge=1, le=limits.MAX_FEATURES)] | None = None
 
 
 class Base(_Strict):
@@ -104,6 +111,33 @@ class Component(_Strict):
     config: Annotated[dict[str, Setting], Field(max_length=128)]
     base: Base | None  # None: read from a bare state dict, which does not know it
     layers: Annotated[dict[str, Layer], Field(min_length=1, max_length=limits.MAX_LAYERS)]
+
+
+class NewWord(_Strict):
+    """A word that prompts may use, and how many embeddings it stands for."""
+
+    text: Annotated[str, StringConstraints(max_length=64)]
+    vectors: Annotated[int, Field(ge=1, le=limits.MAX_VECTORS)]
+
+
+class Encoder(_Strict):
+    """A text encoder that has embeddings of the new words."""
+
+    model: Text = Field(alias="class")
+    config_hash: Hash
+    size: Annotated[int, Field(ge=1, le=limits.MAX_FEATURES)]  # numbers per embedding
+
+
+class Tokens(_Strict):
+    """New words; every encoder has their embeddings in this order in one tensor."""
+
+    words: Annotated[list[NewWord], Field(min_length=1, max_length=limits.MAX_WORDS)]
+    encoders: Annotated[dict[str, Encoder], Field(min_length=1, max_length=limits.MAX_COMPONENTS)]
+
+    @property
+    def vectors(self) -> int:
+        """Embeddings of all words together."""
+        return sum(word.vectors for word in self.words)
 
 
 class Origin(_Strict):
@@ -127,10 +161,30 @@ class Header(_Strict):
     metadata: Annotated[
         dict[str, Note], Field(max_length=limits.MAX_METADATA)
     ]  # instance_prompt, class_prompt, and a summary of the training
+    tokens: Tokens | None = None
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain values; fields that a file leaves out are not there."""
+        data = self.model_dump(by_alias=True)
+        if data["tokens"] is None:
+            del data["tokens"]
+        for part in data["components"].values():
+            for row in part["layers"].values():
+                if row["kind"] == "linear":
+                    del row["kernel"], row["groups"]
+        return data
+
+    def features(self) -> set[str]:
+        """What a reader must know to use the file."""
+        found = {part.method for part in self.components.values()}
+        if self.tokens is not None:
+            found.add("tokens")
+        kinds = {row.kind for part in self.components.values() for row in part.layers.values()}
+        return found | ({"conv"} if "conv2d" in kinds else set())
 
     def to_json(self) -> str:
         """The text that goes into a file: compact, numbers exact, layers in the model's order."""
-        data = self.model_dump(by_alias=True)
+        data = self.to_data()
         return json.dumps(data, separators=(",", ":"), allow_nan=False)
 
 
@@ -313,6 +367,60 @@ def _check_names(header: Header, source: str, hint: str) -> None:
         for path, layer in part.layers.items():
             _match(limits.MODULE_PATH, path, f"components.{component}.layers", source, hint)
             _check_row(layer, f"{source}: header field 'components.{component}.layers.{path}", hint)
+    if header.tokens is not None:
+        _check_tokens(header.tokens, source, hint)
+    _check_needed(header, source, hint)
+
+
+def _check_tokens(tokens: Tokens, source: str, hint: str) -> None:
+    place = f"{source}: header field 'tokens.words'"
+    for word in tokens.words:
+        if not limits.WORD.fullmatch(word.text):
+            raise SnellaSchemaError(
+                f"{place}: expected words such as '<cup>' (letters, digits, '_', '-' and '.' in "
+                f"brackets), got {quoted(word.text)}; {hint}"
+            )
+    texts = [word.text for word in tokens.words]
+    if len(set(texts)) != len(texts):
+        twice = next(text for text in texts if texts.count(text) > 1)
+        raise SnellaSchemaError(f"{place}: expected each word once, got {twice!r} again; {hint}")
+    if tokens.vectors > limits.MAX_TOKENS:
+        raise SnellaSchemaError(
+            f"{place}: expected at most {limits.MAX_TOKENS} embeddings in all, got "
+            f"{tokens.vectors}; {hint}"
+        )
+    for name in tokens.encoders:
+        _match(limits.COMPONENT_NAME, name, "tokens.encoders", source, hint)
+
+
+def _check_needed(header: Header, source: str, hint: str) -> None:
+    """A feature of a later format is named in `requires`, and the format is not earlier."""
+    for feature in sorted(header.features() & set(_SINCE)):
+        if feature not in header.requires:
+            raise SnellaSchemaError(
+                f"{source}: header field 'requires': expected {feature!r}, which the file uses, "
+                f"got {shown(header.requires)}; {hint}"
+            )
+        if version_of(header.format) < version_of(_SINCE[feature]):
+            raise SnellaSchemaError(
+                f"{source}: header field 'format': expected {_SINCE[feature]} or later, which has "
+                f"{feature!r}, got {header.format}; {hint}"
+            )
+
+
+def version_of(text: str) -> tuple[int, int]:
+    """A format's major and minor number."""
+    major, _, minor = text.partition(".")
+    return int(major), int(minor)
+
+
+def format_for(features: set[str]) -> str:
+    """The earliest format that has these features, so that older readers take what they can."""
+    return max(
+        (_SINCE[feature] for feature in features & set(_SINCE)),
+        key=version_of,
+        default=limits.PLAIN_FORMAT,
+    )
 
 
 def _check_row(layer: Layer, place: str, hint: str) -> None:
@@ -321,6 +429,20 @@ def _check_row(layer: Layer, place: str, hint: str) -> None:
             f"{place}.shape': expected sizes from 1 to {limits.MAX_FEATURES:,}, got "
             f"{quoted(layer.shape)}; {hint}"
         )
+    if (layer.kind == "linear") != (layer.kernel is None and layer.groups is None):
+        raise SnellaSchemaError(
+            f"{place}.kernel': expected kernel and groups of a conv2d, and of nothing else, got "
+            f"{layer.kernel} and {layer.groups} with kind {layer.kind!r}; {hint}"
+        )
+    if layer.kernel is not None:
+        height, width = layer.kernel
+        fits = all(1 <= size <= limits.MAX_KERNEL for size in layer.kernel)
+        if not fits or layer.shape[1] % (height * width) or layer.shape[0] % (layer.groups or 1):
+            raise SnellaSchemaError(
+                f"{place}.kernel': expected sizes from 1 to {limits.MAX_KERNEL} whose product "
+                f"divides the inputs, and groups that divide the outputs, of shape {layer.shape}, "
+                f"got {quoted(layer.kernel)} and {layer.groups}; {hint}"
+            )
     distances = layer.heads * layer.shape[0] * layer.shape[1]
     if distances > limits.MAX_DISTANCES:
         raise SnellaSchemaError(

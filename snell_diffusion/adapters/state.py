@@ -126,7 +126,7 @@ def layer_row(layer: Any, adapter_name: str) -> dict[str, Any]:
     stored = layer_tensors(layer, adapter_name).get(f"{_prefix(config)}threshold")
     threshold = None if stored is None or bool(stored.isnan()) else float(stored)
     return {
-        "kind": "linear",
+        **_kind_row(layer),
         "shape": [layer.out_features, layer.in_features],
         "r": layer.r[adapter_name],
         "heads": config.heads,
@@ -134,6 +134,13 @@ def layer_row(layer: Any, adapter_name: str) -> dict[str, Any]:
         "threshold": threshold,
         "kept": layer.kept(adapter_name),
     }
+
+
+def _kind_row(layer: Any) -> dict[str, Any]:
+    if layer.kind == "linear":
+        return {"kind": "linear"}
+    conv = layer.get_base_layer()
+    return {"kind": layer.kind, "kernel": list(conv.kernel_size), "groups": conv.groups}
 
 
 def method_name(config: Any) -> str:

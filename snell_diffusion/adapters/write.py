@@ -20,6 +20,7 @@ from snell_diffusion.adapters.schema import (
     WRITING,
     Header,
     digest,
+    format_for,
     header_from,
 )
 from snell_diffusion.adapters.state import (
@@ -30,6 +31,7 @@ from snell_diffusion.adapters.state import (
     layer_row,
     method_name,
 )
+from snell_diffusion.adapters.tokens import describe_tokens
 from snell_diffusion.errors import SnellaConfigError, SnellaSchemaError, SnellaValueError, shown
 
 __all__ = ["adapter_file_bytes", "describe", "save_adapter", "state_with_header", "target_file"]
@@ -96,7 +98,7 @@ def adapter_file_bytes(
         )
     texts = {
         "format": "pt",
-        FORMAT_KEY: limits.FORMAT,
+        FORMAT_KEY: header.format,
         HEADER_KEY: text,
         DIGEST_KEY: digest(text, tensors),
     }
@@ -143,6 +145,9 @@ def describe(
         tensors[f"{component}.{part['method']}_method"] = method_tensor(
             part["method"], part["config"], f"adapter {adapter_name!r}"
         )
+    tokens, rows = describe_tokens(components, adapter_name)
+    tensors |= rows
+    features = _features(parts, tokens)
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise SnellaValueError(
@@ -151,17 +156,28 @@ def describe(
             )
     header = header_from(
         {
-            "format": limits.FORMAT,
+            "format": format_for(features),
             "writer": f"snell_diffusion {__version__}",
-            "requires": sorted({part["method"] for part in parts.values()}),
+            "requires": sorted(features),
             "origin": {name: _origin(value) for name, value in (base or {}).items()},
             "components": parts,
             "metadata": dict(metadata or {}),
+            "tokens": tokens,
         },
         f"adapter {adapter_name!r}",
         hint=WRITING,
     )
     return header, tensors
+
+
+def _features(parts: Mapping[str, Any], tokens: Any) -> set[str]:
+    """What a reader must know: the methods, and what not every reader of the format has."""
+    kinds = {row["kind"] for part in parts.values() for row in part["layers"].values()}
+    return {
+        *(part["method"] for part in parts.values()),
+        *(["conv"] if "conv2d" in kinds else []),
+        *(["tokens"] if tokens else []),
+    }
 
 
 def _origin(value: str | None) -> str | None:

@@ -21,6 +21,12 @@ def models_of(pipe: Any) -> dict[str, nn.Module]:
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
+def tokenizers_of(pipe: Any) -> dict[str, Any]:
+    """The tokenizers of a pipeline by component."""
+    parts = pipe.components.items()
+    return {name: part for name, part in parts if name.startswith("tokenizer") and part is not None}
+
+
 def chosen_components(
     models: Mapping[str, nn.Module], components: Sequence[str] | None
 ) -> dict[str, nn.Module]:

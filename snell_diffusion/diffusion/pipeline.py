@@ -7,6 +7,7 @@ then: after an error the pipeline is what it was.
 
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from snell_diffusion.adapters import (
 from snell_diffusion.adapters.attach import remove_adapter
 from snell_diffusion.adapters.limits import MAX_RELATIVE_UPDATE
 from snell_diffusion.adapters.state import layer_tensors
+from snell_diffusion.adapters.tokens import remove_tokens, require_removable, words_of
 from snell_diffusion.diffusion.attention import processors_off
 from snell_diffusion.diffusion.loaded import (
     Weight,
@@ -40,12 +42,14 @@ from snell_diffusion.diffusion.loaded import (
     require_names,
     require_unfused,
     strengths_of,
+    tokenizers_of,
 )
 from snell_diffusion.diffusion.sources import cache_label, locate
 from snell_diffusion.errors import SnellaKeyError, SnellaValueError, shown
 from snell_diffusion.tuners import delta_layers
 from snell_diffusion.tuners.base import warn_about_merge_error
 from snell_diffusion.tuners.qkv_guard import guard_saving, is_fused
+from snell_diffusion.tuners.tokens import Word, spelled
 
 __all__ = [
     "delete_snella_adapters",
@@ -117,10 +121,15 @@ def load_snella_weights(
     models = models_of(pipe)
     with processors_off(*models.values()):
         name = adapter_name if adapter_name is not None else free_name(models)
-        report = load_adapter(models, file, name, allow_other_base, max_relative_update)
+        report = load_adapter(
+            models, file, name, allow_other_base, max_relative_update, tokenizers_of(pipe)
+        )
         keep_notes(models, name, file.header.metadata)
-        for component in report.layers:
+        words = file.header.tokens
+        for component in {*report.layers, *(words.encoders if words else ())}:
             guard_saving(models[component])
+        if words is not None:
+            _warn_about_spelling(pipe, words_of(words))
         # Layers that were there stay off after disable_snella, new ones start on.
         _switch_layers(models, True)
         return report
@@ -184,13 +193,12 @@ def unload_snella_weights(pipe: Any, adapter_name: str | None = None) -> None:
     with processors_off(*models.values()):
         names = adapter_names(models) if adapter_name is None else [adapter_name]
         require_names(models, names)
+        require_removable(tokenizers_of(pipe), names)
         if fused_names(models):
             if adapter_name is not None:
                 require_unfused(models, f"unload {adapter_name!r}")
             _unfuse(models)
-        for name in names:
-            for model in models.values():
-                remove_adapter(model, name)
+        _take_out(pipe, models, names)
 
 
 def delete_snella_adapters(pipe: Any, adapter_names: str | Sequence[str]) -> None:
@@ -204,10 +212,9 @@ def delete_snella_adapters(pipe: Any, adapter_names: str | Sequence[str]) -> Non
     names = as_list(adapter_names)
     with processors_off(*models.values()):
         require_names(models, names)
+        require_removable(tokenizers_of(pipe), names)
         require_unfused(models, "delete adapters")
-        for name in names:
-            for model in models.values():
-                remove_adapter(model, name)
+        _take_out(pipe, models, names)
 
 
 def set_snella_adapters(
@@ -393,6 +400,25 @@ def _set_level(layer: Any, name: str, level: float | None) -> None:
     elif name in trained:
         for short, tensor in trained.pop(name).items():
             layer_tensors(layer, name)[short].copy_(tensor)
+
+
+def _take_out(pipe: Any, models: Mapping[str, nn.Module], names: Sequence[str]) -> None:
+    for name in names:
+        remove_tokens(models, tokenizers_of(pipe), name)
+        for model in models.values():
+            remove_adapter(model, name)
+
+
+def _warn_about_spelling(pipe: Any, words: Sequence[Word]) -> None:
+    """Tell how to write words of several vectors where the pipeline does not expand them itself."""
+    several = [word for word in words if word.vectors > 1]
+    if several and not hasattr(pipe, "maybe_convert_prompt"):
+        written = "; ".join(f"{word.text} as '{spelled(word.text, [word])}'" for word in several)
+        warnings.warn(
+            f"{type(pipe).__name__} does not expand words of several vectors: write {written} in "
+            "its prompts",
+            stacklevel=3,
+        )
 
 
 def _switch(pipe: Any, on: bool) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from snell_diffusion.errors import SnellaValueError, shown
 from snell_diffusion.tuners.layer import DeltaLayer
+from snell_diffusion.tuners.tokens import TokenLayer
 from snell_diffusion.tuners.traverse import delta_layers
 
 __all__ = ["FusionGuard", "SaveGuard", "guard_saving", "is_fused", "protect", "release"]
@@ -48,7 +49,7 @@ class SaveGuard:
         self.module = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        held = [path for path, _ in delta_layers(self.module)]
+        held = _held(self.module)
         if held:
             raise SnellaValueError(
                 f"{type(self.module).__name__}.save_pretrained() would write {len(held)} adapted "
@@ -91,11 +92,19 @@ def guard_saving(model: nn.Module) -> None:
 
 
 def release(model: nn.Module) -> None:
-    """Take the guards off a model that has no delta layer left."""
+    """Take the guards off a model, unless it still has a delta layer or new words."""
+    if _held(model):
+        return
     for module in model.modules():
         for name in (*GUARDED, "save_pretrained"):
             if isinstance(vars(module).get(name), (FusionGuard, SaveGuard)):
                 delattr(module, name)
+
+
+def _held(model: nn.Module) -> list[str]:
+    """What `save_pretrained` would write under other names than the base's."""
+    words = [name for name, part in model.named_modules() if isinstance(part, TokenLayer)]
+    return [*(path for path, _ in delta_layers(model)), *words]
 
 
 def is_fused(model: nn.Module) -> bool:
