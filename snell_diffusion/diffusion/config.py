@@ -54,6 +54,29 @@ class BaseModel:
     gradient_checkpointing: bool = _help(
         False, "Recompute activations in the backward pass: less memory, about 30 % more time."
     )
+    base_quantization: Literal["none", "bnb_nf4", "bnb_int8", "torchao_int8", "torchao_fp8"] = (
+        _help(
+            "none",
+            "Keep the frozen denoiser's weights in 4 or 8 bits: bnb_nf4 and bnb_int8 "
+            "(bitsandbytes, on a GPU), torchao_int8 and torchao_fp8 (also on the CPU). Needs "
+            "snell-diffusion[quant]. Such a base cannot be merged with; the adapter also fits the "
+            "base as it is.",
+        )
+    )
+    offload_encoders: bool | None = _help(
+        None,
+        "Keep only what a phase needs on the GPU (text encoders, VAE or denoiser), and free text "
+        "encoders for good once every prompt is encoded. The result is the same. Default: on, "
+        "except on the CPU.",
+    )
+    torch_compile: Literal["no", "blocks", "model"] = _help(
+        "no",
+        "Compile the denoiser: blocks = its repeated blocks, each kind once; model = as a whole. "
+        "The first steps take minutes; results differ in the last bits.",
+    )
+    torch_compile_backend: str = _help(
+        "inductor", "Backend of torch_compile: a name known to torch.compile."
+    )
 
 
 @dataclass(**_FROZEN)
