@@ -1,6 +1,8 @@
 """Load the base and put the adapters in: config -> a pipeline with trainable layers."""
 
 import hashlib
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,8 @@ from snell_diffusion.training.randomness import seed_torch
 from snell_diffusion.tuners import SnellaConfig
 
 ADAPTER = "default"
+# Sides of training pictures, in parts of the base's own, below and above which we warn.
+_SMALLEST_SHARE, _LARGEST_SHARE = 0.7, 1.6
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _SNELLA_FIELDS = {
@@ -63,19 +67,48 @@ def load_base(config: TrainConfig) -> tuple[Family, Any]:
 
     Raises:
         SnellaBaseError: No such base, or no family covers it.
+        SnellaConfigError: It cannot be trained at this resolution; found before any weight loads.
     """
     source = base_path(config)
     family = family_of(source, config.revision)
+    _require_size(config, family)
     options = {"revision": config.revision, "variant": config.variant}
-    pipe = family.load(source, **{k: v for k, v in options.items() if v is not None})
-    for name, model in pipe.components.items():
-        if isinstance(model, nn.Module):
-            # VAE and text encoders stay float32: they run once, and a 16-bit VAE can turn black.
-            wanted = DTYPES[config.mixed_precision] if name == family.denoiser else torch.float32
-            if model.dtype != wanted:
-                model.to(wanted)
-            model.requires_grad_(False).eval()
+    precisions = _precisions(config, family)
+    given = {name: value for name, value in options.items() if value is not None}
+    pipe = family.load(source, dtype=precisions, **given)
+    for name, model in _models(pipe).items():
+        wanted = precisions.get(name, precisions["default"])
+        if model.dtype != wanted:
+            model.to(wanted)
+        model.requires_grad_(False).eval()
     return family, pipe
+
+
+def _models(pipe: Any) -> dict[str, Any]:
+    """The pipeline's components that have weights."""
+    return {n: part for n, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def _precisions(config: TrainConfig, family: Family) -> dict[str, torch.dtype]:
+    """What the weights of each component are kept in; "default" is for those not named.
+
+    VAE and small text encoders stay float32: they run once, and a 16-bit VAE can turn black.
+    """
+    half = DTYPES[config.mixed_precision]
+    # In bfloat16 also beside a float16 denoiser: T5 and the language models overflow in float16.
+    large = torch.bfloat16 if half == torch.float16 else half
+    encoders = dict.fromkeys(family.large_encoders, large)
+    return {"default": torch.float32, family.denoiser: half, **encoders}
+
+
+def _require_size(config: TrainConfig, family: Family) -> None:
+    side, multiple = config.resolution, family.multiple
+    if side % multiple:
+        below = max(multiple, side - side % multiple)
+        raise SnellaConfigError(
+            f"resolution is {side}, but a base of the family {family.name} takes multiples of "
+            f"{multiple} pixels: use {below} or {side - side % multiple + multiple}"
+        )
 
 
 def base_digest(family: Family, pipe: Any) -> str:
@@ -83,14 +116,12 @@ def base_digest(family: Family, pipe: Any) -> str:
 
     Of every weight 64 numbers count, with its name and shape.
     """
-    names = (family.denoiser, *family.text_encoders, "vae")
+    models = _models(pipe)
+    others = sorted(models.keys() - {family.denoiser, "vae"})
     found = hashlib.sha256(config_hash(pipe.scheduler).encode())
-    for name in names:
-        model = getattr(pipe, name, None)
-        if model is None:
-            continue
-        found.update(f"{name} {config_hash(model)}".encode())
-        for path, weight in model.named_parameters():
+    for name in (family.denoiser, *others, "vae"):
+        found.update(f"{name} {config_hash(models[name])}".encode())
+        for path, weight in models[name].named_parameters():
             found.update(f"{path} {tuple(weight.shape)}".encode())
             some = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
             found.update(some.float().cpu().numpy().tobytes())
@@ -174,8 +205,7 @@ class Model:
 
     def frozen_encoders(self) -> list[nn.Module]:
         """VAE and frozen text encoders: what caches make idle during training."""
-        parts = self.pipe.components.items()
-        return [p for n, p in parts if isinstance(p, nn.Module) and n not in self.components]
+        return [part for name, part in _models(self.pipe).items() if name not in self.components]
 
 
 def build_model(
@@ -196,8 +226,8 @@ def build_model(
     base = base_digest(family, pipe)
     components = add_adapters(config, family, pipe)
     counted = sizes(components)
-    for name, part in pipe.components.items():
-        if isinstance(part, nn.Module) and (parallel is None or name not in components):
+    for name, part in _models(pipe).items():
+        if parallel is None or name not in components:
             part.to(device)
     if parallel is not None:
         parallel.place(components)
@@ -207,6 +237,17 @@ def build_model(
             next(getattr(model, way) for way in _CHECKPOINTING if hasattr(model, way))()
     objective = family.objective(pipe, device, timestep_settings(config))
     return Model(family, pipe, components, objective, device, base, counted)
+
+
+def size_notes(config: TrainConfig, model: Model) -> list[str]:
+    """What the user should know about the resolution; nothing where it fits the base."""
+    native, side = model.family.native_size(model.pipe), config.resolution
+    if _SMALLEST_SHARE * native <= side <= _LARGEST_SHARE * native:
+        return []
+    return [
+        f"resolution is {side} pixels, but the base was made for {native}: expect poor pictures, "
+        f"or set resolution to about {native}"
+    ]
 
 
 def timestep_settings(config: TrainConfig) -> TimestepSettings:
@@ -225,12 +266,14 @@ def add_adapters(config: TrainConfig, family: Family, pipe: Any) -> dict[str, nn
     """Wrap the target layers; return the adapted components by name, denoiser first.
 
     Raises:
-        SnellaConfigError: No layer matches the targets.
+        SnellaConfigError: No layer matches the targets, or the pipeline cannot store this LoRA.
     """
     plan = [(family.denoiser, method_config(config, family))]
     if config.train_text_encoder:
         text = method_config(config, family, text=True)
-        plan += [(name, text) for name in family.text_encoders]
+        plan += [(name, text) for name in family.text_encoders if getattr(pipe, name) is not None]
+    if config.method == "lora":
+        _require_lora_places(pipe, [name for name, _ in plan])
     components: dict[str, nn.Module] = {}
     for index, (name, settings) in enumerate(plan):
         components[name] = getattr(pipe, name)
@@ -242,6 +285,18 @@ def add_adapters(config: TrainConfig, family: Family, pipe: Any) -> dict[str, nn
     for parameter in trainable_parameters(components).values():
         parameter.data = parameter.data.float()
     return components
+
+
+def _require_lora_places(pipe: Any, names: Sequence[str]) -> None:
+    """Refuse before the training what could not be stored after it."""
+    save = getattr(type(pipe), "save_lora_weights", None)
+    takes = inspect.signature(save).parameters if save else {}
+    lacking = [name for name in names if f"{name}_lora_layers" not in takes]
+    if lacking:
+        raise SnellaConfigError(
+            f"{type(pipe).__name__} of diffusers cannot store a LoRA of its {', '.join(lacking)}: "
+            f"use method snella, or leave these parts as they are"
+        )
 
 
 def _adapt(model: nn.Module, settings: PeftConfig) -> None:

@@ -64,6 +64,8 @@ class Family:
         denoise: (denoiser, x_t, timesteps, Conditions) -> prediction as `objective` defines its
             target, shaped as x_t; packing and other conventions of the denoiser end here.
         sample: (pipeline, SampleRequest) -> latents.
+        large_encoders: Names of text encoders too large for float32: where the denoiser is kept in
+            16 bits, they are too.
     """
 
     name: str
@@ -82,3 +84,4 @@ class Family:
     objective: Callable[[Any, torch.device, TimestepSettings], Objective]
     denoise: Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor]
     sample: Callable[[Any, SampleRequest], Tensor]
+    large_encoders: tuple[str, ...] = ()

@@ -110,4 +110,5 @@ FAMILY = Family(
     objective=objective,
     denoise=denoise,
     sample=sample,
+    large_encoders=("text_encoder_3",),
 )
