@@ -17,6 +17,7 @@ from snell_diffusion.adapters.state import layer_tensors, live_value, method_nam
 from snell_diffusion.tuners import DeltaLayer, delta_layers
 from snell_diffusion.tuners.qkv_guard import release
 from snell_diffusion.tuners.traverse import unwrapped
+from snell_diffusion.tuners.weights import device_of, is_linear_like
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -75,16 +76,18 @@ def inject(model: nn.Module, config: Any, paths: Iterable[str], adapter_name: st
         target._hf_peft_config_loaded = True  # type: ignore[assignment]
 
 
-def adaptable(module: nn.Module | None) -> nn.Linear | nn.Conv2d | None:
-    """The layer that an update can be added to, inside of what tuners have put around it."""
+def adaptable(module: nn.Module | None) -> Any:
+    """The Conv2d, Linear or Linear-like module that an update can be added to, inside of what
+    tuners have put around it; None if there is none."""
     while isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
-    return module if isinstance(module, (nn.Linear, nn.Conv2d)) else None
+    fits = module is not None and (isinstance(module, nn.Conv2d) or is_linear_like(module))
+    return module if fits else None
 
 
-def form_of(layer: nn.Linear | nn.Conv2d) -> dict[str, Any]:
+def form_of(layer: Any) -> dict[str, Any]:
     """What a layer table says of a layer's form: kind, shape (O, I), and a kernel's size."""
-    if isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.Conv2d):
         return {"kind": "linear", "shape": [layer.out_features, layer.in_features]}
     per_output = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
     return {
@@ -119,13 +122,13 @@ def zero_layer(form: Mapping[str, Any], device: torch.device | None = None) -> n
     return layer
 
 
-def stand_in(layer: nn.Linear | nn.Conv2d, share: bool) -> nn.Module:
+def stand_in(layer: Any, share: bool) -> nn.Module:
     """A layer of the same form that owns nothing: it shares the weight, or shows one zero for all.
 
     The zero is on the weight's device: PEFT moves the factors next to it.
     """
     if not share:
-        return zero_layer(form_of(layer), layer.weight.device)
+        return zero_layer(form_of(layer), device_of(layer))
     twin = blank(form_of(layer))
     twin.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
     return twin

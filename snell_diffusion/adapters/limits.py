@@ -40,7 +40,8 @@ UNKNOWN_BASE_RMS = 1.0
 
 # Fixed patterns of our own, never taken from a file; each is linear in the length of its input.
 COMPONENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
-MODULE_PATH = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
+# Dashes for Z-Image, whose embedders are called "2-1" after their patch sizes.
+MODULE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(?:\.[A-Za-z0-9_][A-Za-z0-9_-]*)*")
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 FIELD_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 # Brackets, so that no word is part of another or of ordinary text.

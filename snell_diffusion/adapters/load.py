@@ -50,9 +50,10 @@ from snell_diffusion.errors import (
     shown,
 )
 from snell_diffusion.tuners import delta_layers
-from snell_diffusion.tuners.layer import has_plain_weight
+from snell_diffusion.tuners.bypass import BYPASSED, is_bypassed
 from snell_diffusion.tuners.qkv_guard import is_fused
 from snell_diffusion.tuners.traverse import unwrapped
+from snell_diffusion.tuners.weights import device_of, has_plain_weight
 
 __all__ = ["LoadReport", "check_adapter_name", "load_adapter"]
 
@@ -278,7 +279,7 @@ def _check_updates(shadow: nn.Module, source: str, adapter_name: str, bound: flo
 
 def _check_modules(
     model: nn.Module, component: str, part: Component, source: str
-) -> dict[str, nn.Linear | nn.Conv2d]:
+) -> dict[str, nn.Module]:
     if is_fused(model):
         raise SnellaValueError(
             f"{component} computes with fused QKV projections, where an update would be left out: "
@@ -304,10 +305,16 @@ def _check_modules(
                 f"got {_form(came).removeprefix('[out, in] = ')}; the adapter is for another model "
                 "size: load the base it was trained on"
             )
-        if layer.weight.device.type == "meta":
+        if device_of(layer).type == "meta":
             raise SnellaValueError(
                 f"{component}.{path} has no weights in memory (offloaded to meta): load the "
-                "adapter before enable_sequential_cpu_offload or group offloading"
+                "adapter before the weights are offloaded"
+            )
+        owner, _, name = path.rpartition(".")
+        if is_bypassed(modules[owner], name):
+            raise SnellaValueError(
+                f"{source}: layer {component}.{path}: {type(modules[owner]).__name__} {BYPASSED}; "
+                "train the adapter again without this layer"
             )
         if isinstance(module, BaseTunerLayer) and module.merged:
             raise SnellaValueError(

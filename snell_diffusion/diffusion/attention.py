@@ -12,9 +12,9 @@ name), its attributes are the same, and all it changes is what the base class se
 projections.
 
 What is not reached by a processor stays a tuner layer: feed-forward blocks, FLUX's single-block
-`proj_mlp` and `proj_out`. While installed, the layers are outside the module tree: PEFT's and
-diffusers' own verbs (`set_adapters`, the call-time `scale`, an optimizer) do not see them; the
-SNELLA verbs of `snell_diffusion.diffusion.pipeline` do.
+`proj_mlp` and `proj_out`, Lumina-Next's `to_out`. While installed, the layers are outside the
+module tree: PEFT's and diffusers' own verbs (`set_adapters`, the call-time `scale`, an optimizer)
+do not see them; the SNELLA verbs of `snell_diffusion.diffusion.pipeline` do.
 """
 
 import copy
@@ -26,8 +26,10 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from snell_diffusion.errors import SnellaKeyError, SnellaValueError
+from snell_diffusion.diffusion.reach import reaches
+from snell_diffusion.errors import SnellaKeyError, SnellaValueError, shown
 from snell_diffusion.tuners import DeltaLayer
+from snell_diffusion.tuners.offload import compute_device
 from snell_diffusion.tuners.qkv_guard import is_fused
 from snell_diffusion.tuners.traverse import unwrapped
 from snell_diffusion.versions import require
@@ -51,8 +53,17 @@ class _Keeper:
         self.handle: RemovableHandle | None = None
 
     def __call__(self, attn: nn.Module, args: Any) -> None:
-        if getattr(attn.processor, "snella_keeper", None) is not self:
-            attn.set_processor(_wrap(_unwrap(attn.processor), self))
+        if getattr(attn.processor, "snella_keeper", None) is self:
+            return
+        processor = _unwrap(attn.processor)
+        lost = [place for place in self.deltas if not reaches(processor, attn, place)]
+        if lost:
+            raise SnellaValueError(
+                f"{type(processor).__name__} does not use {shown(lost)} of "
+                f"{type(attn).__name__}, so their updates would be left out: call "
+                "SnellaAttnProcessor.remove(model) before setting this processor"
+            )
+        _set_processor(attn, _wrap(processor, self))
 
     def overrides(self) -> dict[str, Any]:
         """Attributes the base processor gets in place of the block's own: `to_q`, `to_out`, ..."""
@@ -73,11 +84,11 @@ class _Keeper:
         current = self.attn.get_submodule(place)
         if delta.base_layer is not current:
             delta.base_layer = current
-        weight = delta.get_base_layer().weight
-        # Outside the module tree, pipe.to(device) does not reach the factors.
+        device = compute_device(delta.get_base_layer())
+        # Outside the module tree, neither pipe.to(device) nor offloading reaches the factors.
         for _, container in delta.containers():
-            if any(tensor.device != weight.device for tensor in container.values()):
-                container.to(weight.device)
+            if any(tensor.device != device for tensor in container.values()):
+                container.to(device)
 
     def give_back(self) -> None:
         for place, delta in self.deltas.items():
@@ -124,7 +135,7 @@ class SnellaAttnProcessor:
             How many attention blocks got a processor.
 
         Raises:
-            SnellaKeyError: No attention projection has an adapter.
+            SnellaKeyError: No attention projection that a processor reaches has an adapter.
             SnellaValueError: QKV projections are fused.
         """
         if is_fused(model):
@@ -132,7 +143,7 @@ class SnellaAttnProcessor:
                 f"{type(model).__name__} computes with fused QKV projections, which a processor "
                 "cannot reach: call unfuse_qkv_projections() first"
             )
-        found = [(attn, deltas) for attn in _blocks(model) if (deltas := _own_deltas(attn))]
+        found = [(attn, deltas) for attn in _blocks(model) if (deltas := _reached_deltas(attn))]
         if not found:
             raise SnellaKeyError(
                 f"no attention projection of {type(model).__name__} has a SNELLA adapter"
@@ -158,7 +169,7 @@ class SnellaAttnProcessor:
         for attn, keeper in keepers:
             assert keeper.handle is not None
             keeper.handle.remove()
-            attn.set_processor(_unwrap(attn.processor))
+            _set_processor(attn, _unwrap(attn.processor))
             keeper.give_back()
         return len(keepers)
 
@@ -171,7 +182,7 @@ def processors_off(*models: nn.Module) -> Iterator[None]:
         yield
     finally:
         for model in installed:
-            if any(_own_deltas(attn) for attn in _blocks(model)):
+            if any(_reached_deltas(attn) for attn in _blocks(model)):
                 SnellaAttnProcessor.install(model)
 
 
@@ -179,7 +190,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return [
         module
         for module in unwrapped(model).modules()
-        if hasattr(module, "processor") and callable(getattr(module, "set_processor", None))
+        if callable(getattr(module, "processor", None))
     ]
 
 
@@ -205,6 +216,24 @@ def _own_deltas(attn: nn.Module) -> dict[str, DeltaLayer]:
                 if isinstance(item, DeltaLayer)
             }
     return places
+
+
+def _reached_deltas(attn: nn.Module) -> dict[str, DeltaLayer]:
+    """Those of them that the block's processor calls."""
+    processor = _unwrap(attn.processor)
+    return {
+        place: delta
+        for place, delta in _own_deltas(attn).items()
+        if reaches(processor, attn, place)
+    }
+
+
+def _set_processor(attn: nn.Module, processor: Any) -> None:
+    # Mochi's attention has a processor and no method to set it.
+    if callable(getattr(attn, "set_processor", None)):
+        attn.set_processor(processor)  # type: ignore[operator]
+    else:
+        attn.processor = processor
 
 
 def _put(attn: nn.Module, place: str, module: nn.Module) -> None:

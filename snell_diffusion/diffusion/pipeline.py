@@ -44,6 +44,7 @@ from snell_diffusion.diffusion.loaded import (
     strengths_of,
     tokenizers_of,
 )
+from snell_diffusion.diffusion.offload import opened
 from snell_diffusion.diffusion.sources import cache_label, locate
 from snell_diffusion.errors import SnellaKeyError, SnellaValueError, shown
 from snell_diffusion.tuners import delta_layers
@@ -118,8 +119,7 @@ def load_snella_weights(
         }
         path = locate(source, weight_name, subfolder, **hub)
         file = read_adapter(path, cache_label(path))
-    models = models_of(pipe)
-    with processors_off(*models.values()):
+    with opened(pipe) as models:
         name = adapter_name if adapter_name is not None else free_name(models)
         report = load_adapter(
             models, file, name, allow_other_base, max_relative_update, tokenizers_of(pipe)
@@ -160,8 +160,7 @@ def save_snella_weights(
         SnellaKeyError: No adapter of that name, or several and none named.
         SnellaError: As `snell_diffusion.adapters.save_adapter`.
     """
-    models = models_of(pipe)
-    with processors_off(*models.values()):
+    with opened(pipe) as models:
         name = one_name(models, adapter_name)
         target = Path(save_directory) / weight_name if weight_name else save_directory
         notes = kept_notes(models, name) if metadata is None else metadata
@@ -174,8 +173,7 @@ def snella_state_dict(pipe: Any, adapter_name: str | None = None) -> dict[str, T
     Raises:
         SnellaKeyError: No adapter of that name, or several and none named.
     """
-    models = models_of(pipe)
-    with processors_off(*models.values()):
+    with opened(pipe) as models:
         name = one_name(models, adapter_name)
         return state_with_header(models, name, kept_notes(models, name))
 
@@ -189,8 +187,7 @@ def unload_snella_weights(pipe: Any, adapter_name: str | None = None) -> None:
         SnellaKeyError: No adapter of that name.
         SnellaValueError: One adapter is to go while others are fused, or QKV projections are fused.
     """
-    models = models_of(pipe)
-    with processors_off(*models.values()):
+    with opened(pipe) as models:
         names = adapter_names(models) if adapter_name is None else [adapter_name]
         require_names(models, names)
         require_removable(tokenizers_of(pipe), names)
@@ -208,9 +205,8 @@ def delete_snella_adapters(pipe: Any, adapter_names: str | Sequence[str]) -> Non
         SnellaKeyError: A name is not loaded; none is deleted then.
         SnellaValueError: Something is fused.
     """
-    models = models_of(pipe)
     names = as_list(adapter_names)
-    with processors_off(*models.values()):
+    with opened(pipe) as models:
         require_names(models, names)
         require_removable(tokenizers_of(pipe), names)
         require_unfused(models, "delete adapters")
@@ -304,10 +300,9 @@ def fuse_snella(
         SnellaKeyError: No such adapter or component, or nothing to fuse.
         SnellaValueError: Already fused, switched off, quantized, or not finite.
     """
-    models = models_of(pipe)
     if not math.isfinite(scale):
         raise SnellaValueError(f"scale must be a finite number, got {scale}")
-    with processors_off(*models.values()):
+    with opened(pipe) as models:
         require_loaded(models)
         require_unfused(models, "fuse again")
         chosen = chosen_components(models, components)
@@ -337,8 +332,7 @@ def unfuse_snella(pipe: Any, components: Sequence[str] | None = None) -> None:
         SnellaKeyError: No such component.
         SnellaValueError: Nothing is fused, or QKV projections are.
     """
-    models = models_of(pipe)
-    with processors_off(*models.values()):
+    with opened(pipe) as models:
         chosen = chosen_components(models, components)
         if not fused_names(chosen):
             raise SnellaValueError(
@@ -363,8 +357,7 @@ def set_snella_sparsity(
     """
     if level is not None and not (isinstance(level, (int, float)) and 0.0 <= level <= 1.0):
         raise SnellaValueError(f"level must be 0 (dense) to 1 (no update) or None, got {level!r}")
-    models = models_of(pipe)
-    with processors_off(*models.values()):
+    with opened(pipe) as models:
         require_loaded(models)
         names = adapter_names(models) if adapter_name is None else as_list(adapter_name)
         require_names(models, names)

@@ -20,13 +20,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from snell_diffusion.core import fold, merged_linear
-from snell_diffusion.tuners.offload import offloaded, onloaded
+from snell_diffusion.tuners.offload import compute_device, offloaded, onloaded
 from snell_diffusion.tuners.scale import CallScale
 from snell_diffusion.tuners.weights import (
     HALVES,
     CachedDelta,
     Merged,
-    device_of,
     fingerprint,
     has_plain_weight,
     is_linear_like,
@@ -216,7 +215,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         """Move an adapter next to its base weight; unlike PEFT's own, keep it in full precision."""
-        device = device or device_of(self.get_base_layer())
+        device = device or compute_device(self.get_base_layer())
         if device.type == "meta":
             return
         for _, container in self.containers():
@@ -314,7 +313,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         # Tensors made in inference mode count no versions, so a change could not be seen. And what
         # is offloaded between calls must not leave its update behind on the device.
         keep = self.cache_in_eval and not any(tensor.is_inference() for tensor in sources)
-        keep = keep and not any(offloaded(child) for _, child in self.containers())
+        parts = (self.get_base_layer(), *(child for _, child in self.containers()))
+        keep = keep and not any(map(offloaded, parts))
         if keep and self._cached is not None and self._cached.fits(sources, scales):
             return self._cached.delta
         fn, params = self._combined(adapters)

@@ -9,10 +9,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate.hooks import AlignDevicesHook  # type: ignore[import-untyped]
 from torch import nn
 
-__all__ = ["group_hook", "offloaded", "onloaded"]
+from snell_diffusion.tuners.weights import device_of
+
+__all__ = ["compute_device", "group_hook", "offloaded", "onloaded"]
 
 GROUP_OFFLOADING = "group_offloading"  # diffusers' name of the hook
 
@@ -33,6 +36,14 @@ def onloaded(modules: Iterable[nn.Module]) -> Iterator[None]:
 def offloaded(module: nn.Module) -> bool:
     """Whether a hook of this very module keeps its tensors elsewhere between calls."""
     return bool(_hooks(module))
+
+
+def compute_device(layer: nn.Module) -> torch.device:
+    """Where a layer computes: where its weight is, or where its hooks bring that for a call."""
+    for hook in _hooks(layer):
+        group = getattr(hook, "group", None)
+        return torch.device(hook.execution_device if group is None else group.onload_device)
+    return device_of(layer)
 
 
 def group_hook(module: nn.Module) -> Any:
