@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from snell_diffusion.diffusion.config import TrainConfig
+from snell_diffusion.diffusion.framing import shapes
 from snell_diffusion.diffusion.inputs import Photos
 from snell_diffusion.diffusion.objective import build_loss
 from snell_diffusion.diffusion.optimization import build_state, loop_settings
@@ -33,7 +34,7 @@ def dry_run(
     tracker = Tracker(None, 1, on_event, main=parallel.main)
     model = build_model(config, parallel.device, parallel)
     state = build_state(config, model.components, parallel)
-    prior = photos.class_photos(photos.given_class or photos.instance, config)
+    prior = photos.stand_ins(config)
     with ExitStack() as closing:
         loss_at = build_loss(config, model, photos.instance, prior, parallel, closing)
         step_began = time.monotonic()
@@ -46,7 +47,7 @@ def dry_run(
         f"parameters",
         f"adapter: {config.method}, {size.trainable:,} trainable parameters in {size.layers} "
         f"layers ({size.adapted:,} weights)",
-        *photos.summary(config),
+        *photos.summary(config, shapes(config, model.family.multiple)),
         f"one step: {seconds:.2f} s, peak memory {memory / 2**30:.2f} GiB",
         "dry run: all checks passed, nothing was written",
     ]

@@ -127,23 +127,32 @@ class DiffusionObjective:
         return self._signal[timesteps].view(shape), self._noise[timesteps].view(shape)
 
 
-def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of every sample in float32, [B, ...] -> [B]."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+def squared_error(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error of every sample in float32, [B, ...] -> [B].
+
+    With a mask [B, 1, ...] of weights it is the weighted mean, so that a small subject counts as
+    much as one that fills its photo; 0 where all weights are 0.
+    """
+    squares = (prediction.float() - target.float()).square()
+    if mask is None:
+        return squares.flatten(1).mean(1)
+    weights = mask.expand_as(squares).flatten(1)
+    total = weights.sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+    return (weights * squares.flatten(1)).sum(1) / total
 
 
 def dreambooth_loss(
     errors: Tensor, weights: Tensor, instances: int, prior_weight: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Combine per-sample errors: subject photos first, class images after them.
+    """Combine per-sample errors: subject photos first, the prior's samples after them.
 
-        L = mean_instance(w e) + prior_weight * mean_class(w e)     arXiv:2208.12242, eq. 2
+        L = mean_instance(w e) + prior_weight * mean_prior(w e)     arXiv:2208.12242, eq. 2
 
     Args:
         errors: Squared error per sample, [B].
-        weights: Timestep weight per sample, [B].
+        weights: Weight of each sample, [B]: its timestep's, times its concept's.
         instances: How many of the samples are photos of the subject, 1 to B.
-        prior_weight: Weight of the class images' mean.
+        prior_weight: Weight of the prior's mean.
 
     Returns:
         The loss, 0-d, and its detached parts by name (`loss_instance`, `loss_prior`).

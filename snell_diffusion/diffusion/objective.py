@@ -3,15 +3,20 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+import torch
 from torch import Tensor
 
-from snell_diffusion.diffusion.batches import Batches, Concept, Latents, TextTable
+from snell_diffusion.diffusion.batches import Batches, Concept, Samples
+from snell_diffusion.diffusion.cache import Cache
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.data import Photo
+from snell_diffusion.diffusion.encoded import Latents, TextTable
+from snell_diffusion.diffusion.framing import shapes
 from snell_diffusion.diffusion.losses import dreambooth_loss, squared_error
 from snell_diffusion.diffusion.setup import Model
 from snell_diffusion.diffusion.validation import Probe
 from snell_diffusion.diffusion.views import Draws, PixelReader
+from snell_diffusion.training.adapter_tensors import adapters_off, evaluating
 from snell_diffusion.training.finite import require_sound
 from snell_diffusion.training.parallel import Parallel
 
@@ -21,27 +26,42 @@ _NAMED = 4
 class StepLoss:
     """The loss of any (step, micro-batch): what `training.loop` minimises."""
 
-    def __init__(self, config: TrainConfig, model: Model, batches: Batches) -> None:
-        self._config, self._model, self._batches = config, model, batches
+    def __init__(
+        self, config: TrainConfig, model: Model, batches: Batches, text: TextTable
+    ) -> None:
+        self._config, self._model, self._batches, self._text = config, model, batches, text
         self._errors: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
-        batch, objective = self._batches(step, micro), self._model.objective
-        noisy = objective.add_noise(batch.latents, batch.noise, batch.timesteps)
-        target = objective.target(batch.latents, batch.noise, batch.timesteps)
-        prediction = self._model.family.denoise(
-            self._model.denoiser, noisy, batch.timesteps, batch.conditions
-        )
-        errors = squared_error(prediction, target)
+        batch = self._batches(step, micro)
+        errors = torch.cat([self._errors_of(part) for part in batch.parts])
         if micro == 0:
             self._errors = {}
         self._errors[step, micro] = errors.detach()
-        return dreambooth_loss(
-            errors,
-            objective.weight(batch.timesteps),
-            batch.instances,
-            self._config.prior_loss_weight,
-        )
+        weight = self._model.objective.weight
+        weights = torch.cat([weight(part.timesteps) * part.weights for part in batch.parts])
+        return dreambooth_loss(errors, weights, batch.instances, self._config.prior_loss_weight)
+
+    def _errors_of(self, part: Samples) -> Tensor:
+        """Squared error of every sample of one shape, [B]."""
+        objective, model = self._model.objective, self._model
+        noisy = objective.add_noise(part.latents, part.noise, part.timesteps)
+        target = objective.target(part.latents, part.noise, part.timesteps)
+        if part.answered:
+            kept = target[: -part.answered].float()
+            target = torch.cat([kept, self._base_answers(part, noisy)])
+        conditions = part.conditions(self._text)
+        prediction = model.family.denoise(model.denoiser, noisy, part.timesteps, conditions)
+        return squared_error(prediction, target, part.mask)
+
+    def _base_answers(self, part: Samples, noisy: Tensor) -> Tensor:
+        """What the base alone predicts for the last samples, text encoder included."""
+        model, first = self._model, len(noisy) - part.answered
+        with evaluating(model.components), adapters_off(model.components):
+            conditions = part.conditions(self._text, first)
+            timesteps = part.timesteps[first:]
+            answers = model.family.denoise(model.denoiser, noisy[first:], timesteps, conditions)
+        return answers.float()
 
     def culprits(self) -> list[str]:
         """Samples of the latest step whose error is not finite."""
@@ -62,6 +82,7 @@ def build_loss(
     class_images: Sequence[Photo],
     parallel: Parallel,
     closing: ExitStack,
+    cache: Cache | None = None,
 ) -> StepLoss:
     """Encode the photos (and class images, where there are any) into a step loss.
 
@@ -72,29 +93,37 @@ def build_loss(
         class_images: Class images, or none.
         parallel: The processes.
         closing: Ends the processes that read photos ahead.
+        cache: Where photos and prompts may lie encoded already; default: nowhere.
 
     Raises:
         NonFiniteError: Cached latents or embeddings are not finite; names photos and prompts.
     """
-    plan = [("instance", instance, config.train_batch_size)]
+    cache = cache or Cache(None)
+    size = config.train_batch_size
+    plan = [("instance", instance, size, config.caption_dropout)]
     if class_images:
-        plan.append(("class", class_images, config.class_batch_size or config.train_batch_size))
-    concepts = [
-        Concept(
-            Draws(config, name, photos, batch, parallel.rank, parallel.world),
-            Latents(model, photos, config, name),
-        )
-        for name, photos, batch in plan
-    ]
-    text = _text_table(config, model, [p.prompt for _, photos, _ in plan for p in photos])
-    _require_sound([c.latents for c in concepts], text, parallel)
-    reader = PixelReader([c.draws for c in concepts], config)
+        plan.append(("class", class_images, config.class_batch_size or size, 0.0))
+    known = shapes(config, model.family.multiple)
+    ranks = parallel.rank, parallel.world
+    streams = [Draws(config, n, photos, b, *ranks, known, drop) for n, photos, b, drop in plan]
+    latents = [Latents(model, draws, config, cache) for draws in streams]
+    if config.cache_latents:
+        for some in latents:
+            some.fill()
+    text = _text_table(config, model, [p for draws in streams for p in draws.prompts()], cache)
+    _require_sound(latents, text, parallel)
+    reader = PixelReader(streams, config)
     closing.callback(reader.close)
-    return StepLoss(config, model, Batches(config, concepts, text, model, reader))
+    concepts = [Concept(*pair) for pair in zip(streams, latents, strict=True)]
+    return StepLoss(config, model, Batches(config, concepts, model, reader), text)
 
 
 def build_probe(
-    config: TrainConfig, model: Model, photos: Sequence[Photo], parallel: Parallel
+    config: TrainConfig,
+    model: Model,
+    photos: Sequence[Photo],
+    parallel: Parallel,
+    cache: Cache | None = None,
 ) -> Probe | None:
     """Measure on these photos with their prompts; None without photos.
 
@@ -103,16 +132,20 @@ def build_probe(
     """
     if not photos:
         return None
+    cache = cache or Cache(None)
     prompts = [p.prompt for p in photos]
-    latents = Latents(model, photos, config, "probe")
-    text = _text_table(config, model, prompts)
-    means = latents.means()
+    draws = Draws(config, "probe", photos, 1, 0, 1, shapes(config, model.family.multiple))
+    latents = Latents(model, draws, config, cache)
+    text = _text_table(config, model, prompts, cache)
+    shown = [latents.mean(index) for index in range(len(photos))]
     _require_sound([latents], text, parallel)
-    return Probe(model, text, means, prompts, config.validation_timesteps, config.resolution)
+    return Probe(model, text, shown, prompts, config.validation_timesteps, config.masked_loss)
 
 
-def _text_table(config: TrainConfig, model: Model, prompts: Sequence[str]) -> TextTable:
-    return TextTable(model, prompts, cached=not config.train_text_encoder)
+def _text_table(
+    config: TrainConfig, model: Model, prompts: Sequence[str], cache: Cache
+) -> TextTable:
+    return TextTable(model, prompts, not config.train_text_encoder, cache)
 
 
 def _require_sound(latents: Sequence[Latents], text: TextTable, parallel: Parallel) -> None:

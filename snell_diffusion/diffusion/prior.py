@@ -3,22 +3,68 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from snell_diffusion.diffusion.config import TrainConfig
-from snell_diffusion.diffusion.data import SUFFIXES, Photo, find_photos, list_files
+from snell_diffusion.diffusion.data import SUFFIXES, Photo, Search, find_photos, list_files
+from snell_diffusion.diffusion.run_folder import RunFolder
 from snell_diffusion.diffusion.sampling import Sampler
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.files import write_json, write_with
 
 RECIPE = "generated.json"
+_SEARCH = Search(captions=False, most=None)
 
 
-def given_images(folder: Path, prompt: str) -> list[Photo]:
-    """Check the class images that are there already; none is fine."""
-    if not folder.is_dir() or not any(p.suffix.lower() in SUFFIXES for p in list_files(folder)):
+@dataclass(frozen=True)
+class ClassImages:
+    """The class images of one concept.
+
+    Attributes:
+        folder: Where they lie.
+        prompt: What they show.
+        wanted: How many.
+        concept: Number of the concept.
+        weight: Factor on their loss.
+    """
+
+    folder: Path
+    prompt: str
+    wanted: int
+    concept: int = 0
+    weight: float = 1.0
+
+    @property
+    def purpose(self) -> str:
+        """What their start noise is drawn for: two concepts of one class get other pictures."""
+        return f"class-{self.concept}" if self.concept else "class"
+
+    def given(self) -> list[Photo]:
+        """Check those that are there already, at most as many as wanted; none is fine."""
+        folder = self.folder
+        if not folder.is_dir() or not any(p.suffix.lower() in SUFFIXES for p in list_files(folder)):
+            return []
+        found = find_photos(folder, self.prompt, _SEARCH)[: self.wanted]
+        mine = {"concept": self.concept, "weight": self.weight, "mask": None}
+        return [replace(photo, **mine) for photo in found]
+
+
+def class_images(config: TrainConfig, folder: RunFolder) -> list[ClassImages]:
+    """What every concept with a class prompt needs; nothing where none are trained on."""
+    if not config.uses_class_images:
         return []
-    return find_photos(folder, prompt, use_captions=False, most=None)
+    return [
+        ClassImages(
+            folder.class_images(concept),
+            concept.class_prompt,
+            concept.num_class_images or config.num_class_images,
+            number,
+            concept.weight,
+        )
+        for number, concept in enumerate(config.subjects)
+        if concept.class_prompt
+    ]
 
 
 def check_recipe(folder: Path, recipe: dict[str, str]) -> None:
@@ -48,32 +94,32 @@ def check_recipe(folder: Path, recipe: dict[str, str]) -> None:
 
 def complete_images(
     config: TrainConfig,
-    folder: Path,
+    images: ClassImages,
     sampler: Sampler,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Generate class images until `folder` holds num_class_images, each with its own fixed noise.
+    """Generate class images until there are as many as wanted, each with its own fixed noise.
 
     Args:
-        config: Class prompt, count, base and batch.
-        folder: Where they go; created if missing.
+        config: Base and batch.
+        images: Which; their folder is created if it is missing.
         sampler: Draws with the base model (adapters off).
         progress: Called with (present, wanted) at the start and after each call of the pipeline.
 
     Raises:
         SnellaConfigError: The images there were generated with another prompt or base.
     """
-    prompt, wanted = str(config.class_prompt), config.num_class_images
-    present = len(given_images(folder, prompt))
+    folder, wanted = images.folder, images.wanted
+    present = len(images.given())
     if present >= wanted:
         return
-    recipe = {"prompt": prompt, "base": config.pretrained_model_name_or_path}
+    recipe = {"prompt": images.prompt, "base": config.pretrained_model_name_or_path}
     check_recipe(folder, recipe)
     write_json(folder / RECIPE, recipe)
     progress(present, wanted)
     while present < wanted:
         indices = range(present, min(present + config.sample_batch_size, wanted))
-        pictures = sampler.draw([prompt] * len(indices), "class", indices)
+        pictures = sampler.draw([images.prompt] * len(indices), images.purpose, indices)
         for index, picture in zip(indices, pictures, strict=True):
             mark = hashlib.sha256(picture.tobytes()).hexdigest()[:12]
             write_with(folder / f"class-{index:04d}-{mark}.png", picture.save, durable=False)

@@ -50,8 +50,8 @@ def save_result(
         _save_lora(components, path, type(pipe))
         return
     metadata = {
-        "instance_prompt": config.instance_prompt,
-        "class_prompt": config.class_prompt or "",
+        "instance_prompt": config.subjects[0].instance_prompt,
+        "class_prompt": config.subjects[0].class_prompt or "",
         "steps": config.max_train_steps,
         "learning_rate": config.learning_rate,
         "resolution": config.resolution,
@@ -156,7 +156,7 @@ def _card_values(config: TrainConfig, result: RunResult) -> dict[str, Any]:
         "base": base,
         "method": config.method,
         "name": {"snella": "SNELLA", "lora": "LoRA"}[config.method],
-        "prompt": config.instance_prompt,
+        "prompt": config.subjects[0].instance_prompt,
         "photos": f"{photos} photo{'s' if photos > 1 else ''}",
         "usage": _USAGE[config.method].format(source=source, folder=config.output_dir),
         "steps": config.max_train_steps,

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from snell_diffusion.diffusion.concepts import ConceptConfig
 from snell_diffusion.diffusion.config import Feedback, TrainConfig
 from snell_diffusion.diffusion.config_files import config_values
 from snell_diffusion.errors import SnellaConfigError
@@ -34,6 +35,7 @@ FOLDERS = ("samples", "checkpoints", CLASS_IMAGES, "logs")
 FREE = frozenset(Feedback.__dataclass_fields__) - {"num_validation_photos"} | {
     "checkpointing_steps",
     "checkpoints_total_limit",
+    "cache_dir",
     "class_data_dir",
     "dataloader_num_workers",
     "dry_run",
@@ -46,6 +48,8 @@ FREE = frozenset(Feedback.__dataclass_fields__) - {"num_validation_photos"} | {
     "sample_batch_size",
     "variant",
 }
+# What concepts and their folders are called; photos and prompts are compared by content.
+_NAMES = frozenset({"name", "instance_prompt"})
 # Settings that count through their product with the number of processes.
 PER_PROCESS = frozenset({"train_batch_size", "class_batch_size"})
 
@@ -68,10 +72,11 @@ class RunFolder:
     def adapter_file(self) -> str:
         return ADAPTER_FILES[self.config.method]
 
-    @property
-    def class_images(self) -> Path:
-        given = self.config.class_data_dir
-        return self.path / CLASS_IMAGES if given is None else Path(given)
+    def class_images(self, concept: ConceptConfig) -> Path:
+        """Where the class images of a concept are."""
+        if concept.class_data_dir is not None:
+            return Path(concept.class_data_dir)
+        return self.path / CLASS_IMAGES / (concept.name or "")
 
     def check(self) -> None:
         """Refuse a folder that another run is using, or whose results would be lost.
@@ -168,6 +173,10 @@ def identity(config: TrainConfig, data: str, base: str, processes: int) -> dict[
         processes: Processes that share a batch.
     """
     settings = {k: v for k, v in config_values(config).items() if k not in FREE | PER_PROCESS}
+    settings["concepts"] = [
+        {k: v for k, v in concept.items() if k not in FREE | _NAMES}
+        for concept in settings["concepts"]
+    ]
     batches = {"global_batch_size": config.train_batch_size * processes}
     if config.with_prior_preservation:
         one = config.class_batch_size or config.train_batch_size

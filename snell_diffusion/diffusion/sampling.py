@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from snell_diffusion.diffusion.batches import finite_rows
+from snell_diffusion.diffusion.encoded import finite_rows
 from snell_diffusion.diffusion.families import Conditions, SampleRequest
 from snell_diffusion.diffusion.setup import Model
 from snell_diffusion.errors import shown

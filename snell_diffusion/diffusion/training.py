@@ -7,22 +7,24 @@ adapters are built before anything on disk is replaced; only then the run begins
 import gc
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
 
+from snell_diffusion.diffusion.cache import Cache
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.config_files import config_text, config_values
 from snell_diffusion.diffusion.data import Photo, data_digest
 from snell_diffusion.diffusion.drawing import LedSampler
 from snell_diffusion.diffusion.dry_run import dry_run
 from snell_diffusion.diffusion.feedback import RunFeedback
+from snell_diffusion.diffusion.framing import shapes
 from snell_diffusion.diffusion.inputs import Photos
 from snell_diffusion.diffusion.objective import build_loss, build_probe
 from snell_diffusion.diffusion.optimization import build_state, loop_settings, start_processes
-from snell_diffusion.diffusion.prior import complete_images, given_images
+from snell_diffusion.diffusion.prior import ClassImages, class_images, complete_images
 from snell_diffusion.diffusion.results import RunResult, save_result, write_card
 from snell_diffusion.diffusion.run_folder import RunFolder, identity, require_same
 from snell_diffusion.diffusion.sampling import Sampler, rest
@@ -112,9 +114,10 @@ class Trainer:
         self._config, self._folder, self._photos = config, folder, photos
         self._parallel, self._stop, self._on_event = parallel, stop, on_event
         self._closing = ExitStack()
-        self._notes: list[str] = photos.summary(config)
+        self._notes: list[str] = []
         checkpoint = self._find_checkpoint()
         self._model = build_model(config, parallel.device, parallel)
+        self._notes += photos.summary(config, shapes(config, self._model.family.multiple))
         self._state = build_state(config, self._model.components, parallel)
         self._identity = identity(config, photos.digest(), self._model.base, parallel.world)
         if checkpoint is not None:
@@ -201,11 +204,15 @@ class Trainer:
             strategy=self._parallel.name,
         )
         prior = self._class_images()
+        cache = Cache(None if config.cache_dir is None else Path(config.cache_dir))
         self._loss = build_loss(
-            config, model, self._photos.instance, prior, self._parallel, self._closing
+            config, model, self._photos.instance, prior, self._parallel, self._closing, cache
         )
-        held_out = build_probe(config, model, self._photos.held_out, self._parallel)
-        drift = build_probe(config, model, prior[:_DRIFT_IMAGES], self._parallel)
+        held_out = build_probe(config, model, self._photos.held_out, self._parallel, cache)
+        classes = self._photos.drift_photos(prior, config, _DRIFT_IMAGES)
+        drift = build_probe(config, model, classes, self._parallel, cache)
+        if cache.used:
+            self._tracker.note(cache.summary())
         if config.cache_latents:
             rest(model)
         self._feedback = RunFeedback(
@@ -222,29 +229,31 @@ class Trainer:
             self._feedback.after(0)
 
     def _class_images(self) -> list[Photo]:
-        config, folder = self._config, self._folder.class_images
-        if not config.with_prior_preservation:
+        images = class_images(self._config, self._folder)
+        if not images:
             return []
         components, autocast = self._model.components, self._parallel.accelerator.autocast
         with evaluating(components), adapters_off(components), autocast():
-            self._complete_class_images(folder)
+            self._complete_class_images(images)
         self._parallel.wait()
-        found = Photos.class_photos(given_images(folder, str(config.class_prompt)), config)
+        found = [photo for some in images for photo in some.given()]
         digest = data_digest(found)
         if self._class_digest not in (None, digest):
+            folders = "', '".join(str(some.folder) for some in images)
             raise CheckpointError(
-                f"the class images in '{folder}' are not those that the interrupted run trained "
+                f"the class images in '{folders}' are not those that the interrupted run trained "
                 f"on; put them back, or start anew with --overwrite"
             )
         self._class_digest = digest
         return found
 
-    def _complete_class_images(self, folder: Path) -> None:
+    def _complete_class_images(self, images: Sequence[ClassImages]) -> None:
         """Only the main process counts and writes; the others help where its passes need them."""
         together = self._parallel.shares_forward and self._parallel.world > 1
         sampler = LedSampler(self._sampler) if together else self._sampler
         if self._parallel.main:
-            complete_images(self._config, folder, sampler, self._class_progress)
+            for some in images:
+                complete_images(self._config, some, sampler, self._class_progress)
             if isinstance(sampler, LedSampler):
                 sampler.dismiss()
         elif isinstance(sampler, LedSampler):

@@ -1,46 +1,48 @@
 """The pixels that a run trains on, read when they are needed or ahead in worker processes.
 
-Which photo stands where in a batch, and how it is cropped and mirrored, are functions of (seed,
+Which photo stands where in a batch, its shape, crop, mirroring and prompt are functions of (seed,
 step, micro-batch, place) alone. So it does not matter who reads a photo, nor when.
 """
 
 import atexit
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from snell_diffusion.diffusion.config import TrainConfig
-from snell_diffusion.diffusion.data import Photo, square
+from snell_diffusion.diffusion.data import Photo
 from snell_diffusion.diffusion.decoding import PhotoError, read_photo
+from snell_diffusion.diffusion.framing import CENTRE, Size, View, fit, nearest
+from snell_diffusion.diffusion.masks import Mask, read_mask
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.randomness import generator, item_at
-
-CENTRE = (0.5, 0.5)
-
-
-@dataclass(frozen=True)
-class View:
-    """How a photo is shown: `crop` as in `data.square`, and whether it is mirrored."""
-
-    crop: tuple[float, float]
-    flip: bool
 
 
 @dataclass(frozen=True)
 class Draws:
     """The stream of photos of one purpose, and the part of it that this process draws.
 
+    Every epoch holds each photo as often as it repeats. Where photos have several shapes, a
+    micro-batch has one: the epoch's next photo says which, and the stream of the photos of that
+    shape fills the batch. So no batch is partial, and after as many micro-batches as the epoch has
+    photos each of them was seen equally often.
+
     Attributes:
-        config: Seed, resolution, crops, flips, accumulation.
+        config: Seed, crops, flips, accumulation.
         name: Purpose, "instance" or "class".
-        photos: What the stream is made of; every epoch holds each once.
+        photos: What the stream is made of.
         batch: Photos per micro-batch of this process.
         rank: This process.
         world: All processes.
+        shapes: Shapes to train on, see `framing.shapes`; none = the square of config.resolution.
+        caption_dropout: Share of samples that get the empty prompt, 0 to 1.
     """
 
     config: TrainConfig
@@ -49,16 +51,58 @@ class Draws:
     batch: int
     rank: int
     world: int
+    shapes: Sequence[Size] = ()
+    caption_dropout: float = 0.0
+
+    def shape_of(self, photo: Photo) -> Size:
+        """Height and width in pixels that a photo is trained at."""
+        square = (self.config.resolution, self.config.resolution)
+        return nearest(photo.size, self.shapes) if self.shapes else square
+
+    @cached_property
+    def _epoch(self) -> list[int]:
+        """The photos of an epoch, each as often as it repeats."""
+        return [i for i, photo in enumerate(self.photos) for _ in range(photo.repeats)]
+
+    @cached_property
+    def _of_shape(self) -> dict[Size, list[int]]:
+        """The photos of an epoch by their shape."""
+        found: dict[Size, list[int]] = {}
+        for index in self._epoch:
+            found.setdefault(self.shape_of(self.photos[index]), []).append(index)
+        return found
 
     def places(self) -> range:
         """Places of this process in the global batch."""
         return range(self.rank * self.batch, (self.rank + 1) * self.batch)
 
+    def shape(self, step: int, micro: int) -> Size:
+        """The shape of a whole global micro-batch."""
+        return self._turn(step, micro)[0]
+
+    def _turn(self, step: int, micro: int) -> tuple[Size, int]:
+        """The shape of a micro-batch, and how many before it had the same."""
+        done = (step - 1) * self.config.gradient_accumulation_steps + micro
+        if len(self._of_shape) == 1:
+            return next(iter(self._of_shape)), done
+        size = len(self._epoch)
+        epoch, offset = divmod(done, size)
+        leaders = [self._leader(epoch * size + i) for i in range(offset + 1)]
+        shape = leaders.pop()
+        return shape, epoch * len(self._of_shape[shape]) + leaders.count(shape)
+
+    def _leader(self, position: int) -> Size:
+        place = item_at(position, len(self._epoch), self.config.seed, f"{self.name}-shape")
+        return self.shape_of(self.photos[self._epoch[place]])
+
     def index(self, step: int, micro: int, place: int) -> int:
         """Which photo stands at a place of the global batch."""
-        done = (step - 1) * self.config.gradient_accumulation_steps + micro
-        position = done * self.batch * self.world + place
-        return item_at(position, len(self.photos), self.config.seed, self.name)
+        shape, turn = self._turn(step, micro)
+        several = len(self._of_shape) > 1
+        purpose = f"{self.name}-{shape[0]}x{shape[1]}" if several else self.name
+        position = turn * self.batch * self.world + place
+        among = self._of_shape[shape]
+        return among[item_at(position, len(among), self.config.seed, purpose)]
 
     def view(self, step: int, micro: int, place: int) -> View:
         """How it is shown; a cached photo can only be mirrored."""
@@ -67,33 +111,82 @@ class Draws:
         crop = CENTRE if self.config.center_crop else (float(u[1]), float(u[2]))
         return View(crop, self.config.random_flip and bool(u[0] < 0.5))
 
+    def prompt(self, step: int, micro: int, place: int) -> str:
+        """What its sample is told: its prompt, one of its templates, or nothing."""
+        photo = self.photos[self.index(step, micro, place)]
+        if not (self.caption_dropout or photo.templates):
+            return photo.prompt
+        seeded = generator(self.config.seed, f"{self.name}-prompt", step, micro, place)
+        u = torch.rand(2, generator=seeded, dtype=torch.float64)
+        if u[0] < self.caption_dropout:
+            return ""
+        choices = photo.templates or (photo.prompt,)
+        return choices[int(u[1] * len(choices))]
+
+    def prompts(self) -> list[str]:
+        """Every prompt that a sample of this stream, or its prior, may get."""
+        found = [p for photo in self.photos for p in (*photo.templates, photo.prompt)]
+        if self.config.prior_loss == "prediction":
+            found += [photo.prior_prompt for photo in self.photos]
+        return [*found, ""] if self.caption_dropout else found
+
+    @cached_property
+    def masked(self) -> bool:
+        """Whether any photo has a mask; then all are read with one."""
+        return any(photo.mask is not None for photo in self.photos)
+
     def read(self, step: int, micro: int) -> Tensor:
-        """The pixels of this process's places, uint8 [batch, 3, S, S].
+        """The pixels of this process's places, uint8 [batch, 3, H, W]; a fourth channel is a mask.
 
         Raises:
             SnellaConfigError: A photo is no longer what it was when the run began.
         """
-        found = []
+        shape, found = self.shape(step, micro), []
         for place in self.places():
             photo = self.photos[self.index(step, micro, place)]
-            found.append(read_square(photo, self.config, self.view(step, micro, place)))
+            view = self.view(step, micro, place)
+            pixels = read_pixels(photo, shape, view)
+            if self.masked:
+                pixels = torch.cat([pixels, read_mask_pixels(photo, shape, view)])
+            found.append(pixels)
         return torch.stack(found)
 
 
-def read_square(photo: Photo, config: TrainConfig, view: View) -> Tensor:
-    """Decode a photo and cut its square, uint8 [3, S, S].
+def read_pixels(photo: Photo, shape: Size, view: View) -> Tensor:
+    """Decode a photo and fit it into a shape, uint8 [3, H, W].
 
     Raises:
         SnellaConfigError: It is no longer what it was when the run began.
     """
+    return _read("photo", photo, read_photo, shape, view)
+
+
+def read_mask_pixels(photo: Photo, shape: Size, view: View) -> Tensor:
+    """Decode a photo's mask and fit it as the photo, uint8 [1, H, W]; all white without one.
+
+    Raises:
+        SnellaConfigError: It is no longer what it was when the run began.
+    """
+    if photo.mask is None:
+        return torch.full((1, *shape), 255, dtype=torch.uint8)
+    return _read("mask", photo.mask, read_mask, shape, view)
+
+
+def _read(
+    kind: str,
+    file: Photo | Mask,
+    decode: Callable[[Path], tuple[Image.Image, str]],
+    shape: Size,
+    view: View,
+) -> Tensor:
     try:
-        picture, digest = read_photo(photo.path)
-        if digest != photo.digest:
+        picture, digest = decode(file.path)
+        if digest != file.digest:
             raise PhotoError("holds other bytes than before")
-        return square(picture, config.resolution, view.crop, view.flip)
+        return fit(picture, shape, view)
     except PhotoError as error:
         raise SnellaConfigError(
-            f"photo '{photo.path}' {error}; it was fine when the run began: put it back"
+            f"{kind} '{file.path}' {error}; it was fine when the run began: put it back"
         ) from error
 
 
@@ -128,7 +221,7 @@ class PixelReader:
         self._next = -1
 
     def __call__(self, step: int, micro: int) -> list[Tensor]:
-        """Pixels of each stream, uint8 [batch, 3, S, S].
+        """Pixels of each stream, as `Draws.read` gives them.
 
         Raises:
             SnellaConfigError: A photo is no longer what it was when the run began.

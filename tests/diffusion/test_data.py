@@ -1,16 +1,15 @@
 """Photos come out upright, square and RGB, and bad ones are named before anything else happens."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from snell_diffusion.diffusion.data import data_digest, duplicates, find_photos, to_square
+from snell_diffusion.diffusion.data import Search, find_photos
 from snell_diffusion.diffusion.decoding import MAX_PIXELS, open_photo
+from snell_diffusion.diffusion.likeness import duplicates, near_duplicates
 from snell_diffusion.errors import SnellaConfigError
 
 # How a camera stores a scene for each EXIF orientation: the operation that undoes the display's.
@@ -129,57 +128,11 @@ def test_no_photos_and_no_folder(tmp_path: Path) -> None:
         find_photos(tmp_path / "nowhere", "x")
 
 
-def test_captions(tmp_path: Path) -> None:
-    for name in ("a.png", "b.png", "c.png"):
-        scene().save(tmp_path / name)
-    (tmp_path / "a.txt").write_text("from the text file\n", "utf-8")
-    lines = [{"file_name": n, "text": f"line of {n}"} for n in ("a.png", "b.png")]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    (tmp_path / ".hidden.png").write_text("junk")
-    (tmp_path / "Thumbs.db").write_text("junk")
-    prompts = [p.prompt for p in find_photos(tmp_path, "the prompt")]
-    assert prompts == ["from the text file", "line of b.png", "the prompt"]
-    without = find_photos(tmp_path, "the prompt", use_captions=False)
-    assert {p.prompt for p in without} == {"the prompt"}
-    assert data_digest(without) != data_digest(find_photos(tmp_path, "the prompt"))
-
-
-@pytest.mark.parametrize(
-    "file, content, message",
-    [
-        ("a.txt", b"  \n", "a.png has an empty caption a.txt"),
-        ("a.txt", b"\xff\xfe\x00", "a.png has a caption a.txt that is not UTF-8"),
-        ("metadata.jsonl", b"{}\n", "metadata.jsonl line 1: expected"),
-        ("metadata.jsonl", b"[" * 100_000, "metadata.jsonl line 1: expected"),
-        ("metadata.jsonl", b"\xff", "caption file .*metadata.jsonl is not UTF-8 text"),
-        ("metadata.jsonl", b'{"file_name": "a.png", "text": 3}', "line 1: expected .* two texts"),
-        ("metadata.jsonl", b'{"file_name": "b.png", "text": "x"}', "the folder holds no 'b.png'"),
-        ("metadata.jsonl", b'{"file_name": "a.png", "text": "x"}\nnope\n', "line 2: .*got nope"),
-    ],
-)
-def test_bad_captions_are_named(tmp_path: Path, file: str, content: bytes, message: str) -> None:
-    scene().save(tmp_path / "a.png")
-    (tmp_path / file).write_bytes(content)
-    with pytest.raises(SnellaConfigError, match=message):
-        find_photos(tmp_path, "x")
-
-
-def test_captions_must_be_files(tmp_path: Path) -> None:
-    scene().save(tmp_path / "a.png")
-    (tmp_path / "a.txt").mkdir()
-    with pytest.raises(SnellaConfigError, match=r"a\.png has a caption a\.txt that is not a regu"):
-        find_photos(tmp_path, "x")
-    (tmp_path / "a.txt").rmdir()
-    (tmp_path / "metadata.jsonl").symlink_to("nowhere")
-    with pytest.raises(SnellaConfigError, match=r"metadata.jsonl is not a regular file"):
-        find_photos(tmp_path, "x")
-
-
 def test_more_photos_than_the_limit_are_refused_unopened(tmp_path: Path) -> None:
     for index in range(4):
         (tmp_path / f"{index}.png").write_text("no picture")
     with pytest.raises(SnellaConfigError, match="holds 4 photos, at most 3 are taken"):
-        find_photos(tmp_path, "x", most=3)
+        find_photos(tmp_path, "x", Search(most=3))
 
 
 def test_pictures_in_pairs_are_photos(tmp_path: Path) -> None:
@@ -188,36 +141,12 @@ def test_pictures_in_pairs_are_photos(tmp_path: Path) -> None:
     assert len(find_photos(tmp_path, "x")) == 1
 
 
-def test_doubles_are_found(tmp_path: Path) -> None:
-    for name in ("a.png", "b.png"):
-        scene().save(tmp_path / name)
-    Image.new("RGB", (20, 20)).save(tmp_path / "c.png")
-    assert duplicates(find_photos(tmp_path, "x")) == ["b.png"]
-
-
-def test_square_is_the_centre_scaled() -> None:
-    square = to_square(scene(), 16)
-    assert square.shape == (3, 16, 16)
-    assert square.dtype == torch.float32
-    corners = square[:, (0, 0, 15, 15), (0, 15, 0, 15)].T.add(1).mul(127.5)
-    expected = [scene().getpixel(p) for p in ((0, 8), (31, 8), (0, 39), (31, 39))]
-    np.testing.assert_allclose(corners, expected, atol=1.5)
-
-
-def test_crop_and_flip() -> None:
-    top, bottom = to_square(scene(), 32, (0, 0)), to_square(scene(), 32, (1, 1))
-    assert top[0].max() > 0.9  # red is above
-    assert bottom[2].mean() > top[2].mean()  # blue and white are below
-    assert torch.equal(to_square(scene(), 32, flip=True), to_square(scene(), 32).flip(-1))
-    assert to_square(scene(), 32).abs().max() <= 1
-
-
 def test_real_photos(dreambooth: Callable[[str], Path]) -> None:
     photos = find_photos(dreambooth("dog6"), "a photo of a sks dog")
     assert len(photos) == 5
-    assert duplicates(photos) == []
+    assert duplicates(photos) == near_duplicates(photos) == []
     for photo in photos:
-        assert to_square(open_photo(photo.path), 64).std() > 0.1
+        assert photo.size == open_photo(photo.path).size[::-1]
 
 
 def test_limit_is_below_the_library_s_own() -> None:

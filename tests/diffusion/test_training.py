@@ -20,7 +20,7 @@ import snell_diffusion  # noqa: F401  adds load_snella_weights to the pipeline
 from snell_diffusion.diffusion import training
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.config_files import make_config, read_config
-from snell_diffusion.diffusion.prior import complete_images
+from snell_diffusion.diffusion.prior import ClassImages, complete_images
 from snell_diffusion.diffusion.training import RunResult, run
 from snell_diffusion.errors import SnellaBaseError, SnellaConfigError
 from snell_diffusion.training.checkpoints import CheckpointFolder
@@ -163,14 +163,14 @@ def held_out_loss(pipe: StableDiffusionPipeline, settings: TrainConfig) -> float
     """The held-out loss written out again with diffusers' own parts."""
     from diffusers import DDPMScheduler
 
-    from snell_diffusion.diffusion.data import to_square
     from snell_diffusion.diffusion.decoding import open_photo
+    from snell_diffusion.diffusion.framing import View, fit, to_unit
     from snell_diffusion.diffusion.validation import _SEED, fixed_timesteps
     from snell_diffusion.training.randomness import normal
 
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     photo = sorted(Path(str(settings.instance_data_dir)).glob("*.png"))[-1]
-    pixels = to_square(open_photo(photo), SIDE)[None]
+    pixels = to_unit(fit(open_photo(photo), (SIDE, SIDE), View()))[None]
     latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
     text = pipe.encode_prompt(settings.instance_prompt, "cpu", 1, False)[0]
     losses = []
@@ -300,14 +300,10 @@ def test_resume_with_other_class_images_is_refused(full: Any, tmp_path: Path) ->
 
 def test_class_images_that_cannot_be_kept_are_a_clean_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    settings = TrainConfig(
-        instance_data_dir="x",
-        instance_prompt="x",
-        with_prior_preservation=True,
-        class_prompt=CLASS_PROMPT,
-    )
+    settings = TrainConfig(instance_data_dir="x", instance_prompt="x")
+    images = ClassImages(tmp_path / "file" / "class", CLASS_PROMPT, 2)
     with pytest.raises(OutputError, match=r"generated.json could not be written: Not a directory"):
-        complete_images(settings, tmp_path / "file" / "class", None, print)  # type: ignore[arg-type]
+        complete_images(settings, images, None, print)  # type: ignore[arg-type]
 
 
 def test_resume_needs_a_checkpoint_unless_auto(tiny_base: Path, tmp_path: Path) -> None:

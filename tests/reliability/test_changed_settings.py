@@ -103,6 +103,7 @@ def test_free_settings_change_nothing_that_is_trained(
 ) -> None:
     """All of them at once: photos and base moved, more workers, pictures, another folder."""
     values: dict[str, Any] = {
+        "cache_dir": str(tmp_path / "cache"),
         "checkpointing_steps": 2,
         "checkpoints_total_limit": 5,
         "class_data_dir": str(tmp_path / "class"),

@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import train_dreambooth_snella
-from snell_diffusion.diffusion import batches, objective, training
+from snell_diffusion.diffusion import encoded, objective, training
 from snell_diffusion.diffusion.config_files import config_text
+from snell_diffusion.diffusion.data import Photo
+from snell_diffusion.diffusion.framing import Size, View
 from snell_diffusion.training.ema import AdapterEma
 from snell_diffusion.training.errors import NonFiniteError
 from snell_diffusion.training.finite import not_finite
@@ -221,15 +223,15 @@ def test_latents(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One photo overflows the VAE: it is named before the first step."""
-    encode = batches.Latents._encode
+    encode = encoded.Latents._encode
 
-    def encoded(self: batches.Latents, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = encode(self, pixels)
-        if len(mean) > 1:
-            mean[1, 0, 0, 0] = math.inf
-        return mean, std
+    def spoiled(self: encoded.Latents, photo: Photo, shape: Size, view: View) -> dict[str, Tensor]:
+        found = encode(self, photo, shape, view)
+        if photo.path.name == "1.png":
+            found["mean"][0, 0, 0] = math.inf
+        return found
 
-    monkeypatch.setattr(batches.Latents, "_encode", encoded)
+    monkeypatch.setattr(encoded.Latents, "_encode", spoiled)
     assert train_by_script(tiny_base, tmp_path) == 3
     said = capsys.readouterr().err
     photo = tmp_path / "photos" / "1.png"
@@ -245,16 +247,16 @@ def test_text_embedding(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One caption overflows the text encoder: it is named before the first step."""
-    encode = batches.TextTable._encode
+    encode = encoded.TextTable._encode
 
-    def encoded(self: batches.TextTable, prompts: Any) -> Any:
+    def spoiled(self: encoded.TextTable, prompts: Any) -> Any:
         found = encode(self, prompts)
         for index, prompt in enumerate(prompts):
             if prompt == "a caption":
                 found["text"][index, 0, 0] = math.nan
         return found
 
-    monkeypatch.setattr(batches.TextTable, "_encode", encoded)
+    monkeypatch.setattr(encoded.TextTable, "_encode", spoiled)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "2.txt").write_text("a caption")
     assert train_by_script(tiny_base, tmp_path) == 3
