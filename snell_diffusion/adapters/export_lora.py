@@ -27,7 +27,9 @@ from snell_diffusion.adapters.export import (
     export_notes,
     layer_updates,
 )
+from snell_diffusion.adapters.export_tokens import export_words, require_free
 from snell_diffusion.adapters.read import AdapterFile
+from snell_diffusion.adapters.tokens import words_of
 from snell_diffusion.errors import SnellaFileError, SnellaValueError, shown
 
 __all__ = ["STYLES", "export_lora", "factorize"]
@@ -45,7 +47,7 @@ def export_lora(
     dtype: str = "float32",
     overwrite: bool = False,
 ) -> ExportReport:
-    """Write an adapter as a LoRA, atomically.
+    """Write an adapter as a LoRA, atomically; new words beside it, as textual inversions.
 
     Args:
         path: A `.safetensors` file.
@@ -83,6 +85,8 @@ def export_lora(
                 "export with dtype bfloat16 or float32"
             )
         rows.append(LayerError.of(name, delta, up.double() @ down.double(), energy))
+        row = file.header.components[component].layers[module]
+        up, down = _as_kernels(up, down, row.kernel, f"{file.source}: {name}", row.groups)
         named = _named(style, component, module, list(file.header.components), up, down)
         if not tensors.keys().isdisjoint(named):
             raise SnellaValueError(
@@ -92,6 +96,7 @@ def export_lora(
         tensors |= named
     report = ExportReport(style, str(target), dtype, columns, file.source, file.digest, tuple(rows))
     write_atomic(target, encode(tensors, _metadata(file, report)))
+    export_words(file, target.parent)
     return report
 
 
@@ -112,6 +117,24 @@ def factorize(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     return up, down, float(squares[:kept].sum()) / total if total > 0 else 1.0
 
 
+def _as_kernels(
+    up: Tensor, down: Tensor, kernel: list[int] | None, place: str, groups: int | None
+) -> tuple[Tensor, Tensor]:
+    """A convolution's LoRA is a convolution to r channels, then one of 1x1; a Linear's is as it is.
+
+    Raises:
+        SnellaValueError: Groups, which neither PEFT's nor kohya's LoRA splits like this.
+    """
+    if kernel is None:
+        return up, down
+    if groups != 1:
+        raise SnellaValueError(
+            f"{place}: a convolution with {groups} groups has no LoRA of this form; export with "
+            "--format merged"
+        )
+    return up[:, :, None, None].contiguous(), down.reshape(down.shape[0], -1, *kernel)
+
+
 def _check_request(
     file: AdapterFile, target: Path, rank: int | None, style: str, overwrite: bool
 ) -> None:
@@ -121,6 +144,8 @@ def _check_request(
         raise SnellaValueError(f"rank must be at least 1, or None for full rank; got {rank}")
     if target.suffix != ".safetensors":
         raise SnellaFileError(f"{target}: a LoRA is one file; give a name ending in .safetensors")
+    if file.header.tokens is not None:
+        require_free(target.parent, words_of(file.header.tokens), overwrite)
     if target.exists() and not overwrite:
         raise SnellaFileError(f"{target}: exists already; choose another name or pass overwrite")
     if style == "kohya":

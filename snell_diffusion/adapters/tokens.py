@@ -36,6 +36,8 @@ __all__ = [
     "put_in_tokens",
     "remove_tokens",
     "require_removable",
+    "set_end",
+    "table_of",
     "tokenizer_of",
     "words_of",
 ]
@@ -106,7 +108,7 @@ def attach_words(
     ids = Vocabulary.of(tokenizer).add(adapter, words)
     layer = embedding if isinstance(embedding, TokenLayer) else _wrapped(encoder, embedding)
     layer.add_words(adapter, words, rows, ids, limit)
-    _set_end(encoder, tokenizer.eos_token_id)
+    set_end(encoder, tokenizer.eos_token_id)
     return layer
 
 
@@ -122,10 +124,17 @@ def _wrapped(encoder: nn.Module, embedding: nn.Embedding) -> TokenLayer:
     return layer
 
 
-def _set_end(encoder: nn.Module, end: int | None) -> None:
+def set_end(encoder: nn.Module, end: int | None, for_good: bool = False) -> None:
+    """Let a CLIP whose config tells a wrong end token pool at the tokenizer's own.
+
+    Args:
+        for_good: Correct the config too.
+    """
     for module in encoder.modules():
         if vars(module).get("eos_token_id") == _LEGACY_END and end is not None:
             module.eos_token_id = end  # type: ignore[assignment]
+            if for_good:
+                module.config.eos_token_id = end
 
 
 def _reset_end(encoder: nn.Module) -> None:

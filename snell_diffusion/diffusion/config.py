@@ -227,9 +227,22 @@ class Method:
     target_modules: list[str] = _help(
         [], "Names of the Linear layers to adapt, matched by suffix. Default: the family's list."
     )
+    target_conv: bool = _help(
+        False,
+        "Adapt convolutions too, their kernels flattened to rows: those of the family's list.",
+    )
     train_text_encoder: bool = _help(False, "Adapt the text encoder too (then its cache is off).")
     text_encoder_rank: Rank | None = _help(
         None, f"Rank of the text encoder's adapter; 1 to {limits.MAX_RANK}. Default: rank."
+    )
+    new_tokens: list[str] = _help(
+        [],
+        "New words for the prompts, trained with the adapter and kept in its file: <cup>, or "
+        f"<cup>=2 for two embeddings, up to {limits.MAX_VECTORS} (then the text cache is off).",
+    )
+    initializer_token: str | None = _help(
+        None,
+        "Known words that new_tokens start as, for example cup. Default: random, like the base's.",
     )
     alloc_init_warmup: Whole | None = _help(
         None, "Steps before the layers start to compete for the budget."
@@ -263,6 +276,9 @@ class Optimization:
     )
     text_encoder_lr: Positive | None = _help(
         None, "Learning rate of the text encoder's adapter. Default: learning_rate."
+    )
+    token_learning_rate: Positive = _help(
+        5e-4, "Learning rate of the embeddings of new_tokens, above 0; they have no weight decay."
     )
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
@@ -334,6 +350,14 @@ class Feedback:
         "Steps between measurements of the held-out loss and of the drift on class images; at "
         "least 1. Default: at the start and the end.",
     )
+    early_stopping_patience: Count | None = _help(
+        None,
+        "Stop after this many measurements (validation_steps) without a lower held-out loss, at "
+        "least 1; the adapter kept is the best one measured. Default: never, and the last is kept.",
+    )
+    early_stopping_min_delta: NotNegative = _help(
+        0.0, "How much lower a held-out loss must be to count as lower; at least 0."
+    )
     validation_timesteps: Count = _help(
         8, "Fixed timesteps per photo at which held-out loss and drift are measured."
     )
@@ -372,6 +396,15 @@ class Run:
         "same, or a new run. Or a checkpoint folder.",
     )
     overwrite: bool = _help(False, "Replace the results of an earlier run in output_dir.")
+    push_to_hub: bool = _help(
+        False,
+        "Upload adapter, model card, settings and pictures to the Hugging Face hub at the end. The "
+        "token comes from `hf auth login` or HF_TOKEN, never from here.",
+    )
+    hub_model_id: str | None = _help(
+        None, "Repository to upload to, owner/name. Default: your account, output_dir's name."
+    )
+    hub_private_repo: bool = _help(False, "Make the repository private, if it is made here.")
     dry_run: bool = _help(
         False, "Load all, check all photos, do one step, print sizes and memory; write nothing."
     )
@@ -384,7 +417,7 @@ GROUPS = (BaseModel, Data, Prior, Method, Optimization, Feedback, Run)
 class TrainConfig(Run, Feedback, Optimization, Method, Prior, Data, BaseModel):
     """All settings of one run as one flat, frozen, validated record."""
 
-    @field_validator("optimizer_args", mode="before")
+    @field_validator("optimizer_args", "new_tokens", mode="before")
     @classmethod
     def _pairs(cls, value: Any) -> Any:
         return [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else value
@@ -395,6 +428,23 @@ class TrainConfig(Run, Feedback, Optimization, Method, Prior, Data, BaseModel):
         for pair in value:
             if not pair.partition("=")[0].isidentifier() or "=" not in pair:
                 raise ValueError(f"expected name=value, got '{pair}'")
+        return value
+
+    @field_validator("new_tokens")
+    @classmethod
+    def _words(cls, value: list[str]) -> list[str]:
+        texts = [entry.partition("=")[0] for entry in value]
+        for entry, text in zip(value, texts, strict=True):
+            vectors = entry[len(text) :]
+            if not limits.WORD.fullmatch(text) or not re.fullmatch(r"(=[1-9][0-9]?)?", vectors):
+                raise ValueError(
+                    f"should be words in brackets, such as <cup>, or <cup>=2 for two embeddings; "
+                    f"'{entry}' is none"
+                )
+            if int(vectors[1:] or 1) > limits.MAX_VECTORS:
+                raise ValueError(f"should have at most {limits.MAX_VECTORS} embeddings per word")
+        if len(set(texts)) != len(texts) or len(texts) > limits.MAX_WORDS:
+            raise ValueError(f"should name each word once, {limits.MAX_WORDS} words at most")
         return value
 
     @field_validator("aspect_ratio_buckets", mode="before")
@@ -428,6 +478,7 @@ class TrainConfig(Run, Feedback, Optimization, Method, Prior, Data, BaseModel):
     def _consistent(self) -> "TrainConfig":
         self._require_subject()
         self._require_prior()
+        self._require_partners()
         if self.cache_latents and not self.center_crop:
             raise ValueError("random crops (center_crop off) need cache_latents off")
         if self.resolution % 8:
@@ -449,6 +500,19 @@ class TrainConfig(Run, Feedback, Optimization, Method, Prior, Data, BaseModel):
             raise ValueError("instance_prompt is missing, for example 'a photo of a sks dog'")
         if self.validation_data_dir is not None and self.num_validation_photos:
             raise ValueError("give validation_data_dir or num_validation_photos, not both")
+
+    def _require_partners(self) -> None:
+        """Settings that mean nothing without another one."""
+        held_out = any(c.validation_data_dir or c.num_validation_photos for c in self.subjects)
+        if self.early_stopping_patience is not None and not (self.validation_steps and held_out):
+            raise ValueError(
+                "early_stopping_patience needs validation_steps and held-out photos "
+                "(num_validation_photos or validation_data_dir)"
+            )
+        if self.initializer_token is not None and not self.new_tokens:
+            raise ValueError("initializer_token is what new_tokens start as: give new_tokens too")
+        if self.hub_model_id is not None and not self.push_to_hub:
+            raise ValueError("hub_model_id has no effect without push_to_hub")
 
     def _require_prior(self) -> None:
         if self.prior_loss == "prediction":
@@ -491,6 +555,11 @@ class TrainConfig(Run, Feedback, Optimization, Method, Prior, Data, BaseModel):
     def uses_class_images(self) -> bool:
         """Whether class images are generated and trained on."""
         return self.with_prior_preservation and self.prior_loss == "images"
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether the text encoders' output changes during training, so that it is not cached."""
+        return self.train_text_encoder or bool(self.new_tokens)
 
     @property
     def prompts(self) -> list[str]:

@@ -75,7 +75,7 @@ class TextTable:
         }
 
     def _encode(self, prompts: Sequence[str]) -> Conditions:
-        return self._model.family.encode_text(self._model.pipe, prompts)
+        return self._model.encode_text(prompts)
 
 
 @dataclass(frozen=True)

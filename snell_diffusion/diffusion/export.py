@@ -6,13 +6,24 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from snell_diffusion.adapters.atomic import sync_path
-from snell_diffusion.adapters.export import ExportReport, export_dtype
+from snell_diffusion.adapters.export import NAME, ExportReport, export_dtype
 from snell_diffusion.adapters.export_merge import merge_adapter
+from snell_diffusion.adapters.limits import MAX_RELATIVE_UPDATE
 from snell_diffusion.adapters.read import AdapterFile
-from snell_diffusion.diffusion.loaded import models_of
+from snell_diffusion.adapters.schema import Tokens
+from snell_diffusion.adapters.tokens import (
+    TENSOR,
+    check_tokens,
+    set_end,
+    tokenizer_of,
+    words_of,
+)
+from snell_diffusion.adapters.vocabulary import Vocabulary
+from snell_diffusion.diffusion.loaded import models_of, tokenizers_of
 from snell_diffusion.errors import SnellaBaseError, SnellaFileError
 from snell_diffusion.models import SHIPPED_BASES, embedded_path
 from snell_diffusion.versions import require
@@ -53,12 +64,33 @@ def export_merged(
     stored = export_dtype(dtype)
     _check_target(target, overwrite)
     pipe = _load(str(base), revision)
-    rows = merge_adapter(models_of(pipe), file, stored, allow_other_base)
+    words = file.header.tokens
+    if words is not None:
+        check_tokens(
+            *(models_of(pipe), tokenizers_of(pipe), words, file.tensors, file.source),
+            *(allow_other_base, MAX_RELATIVE_UPDATE),
+        )
+    rows = merge_adapter(models_of(pipe), file.without_tokens(), stored, allow_other_base)
+    if words is not None:
+        _write_words(pipe, file, words)
     for model in models_of(pipe).values():
         nn.Module.to(model, dtype=stored)  # diffusers' own `to` warns about any 16-bit dtype
     report = ExportReport("merged", str(target), dtype, None, file.source, file.digest, rows)
     _publish(pipe, target, report)
     return report
+
+
+@torch.no_grad()
+def _write_words(pipe: Any, file: AdapterFile, tokens: Tokens) -> None:
+    """Make new words part of tokenizers and embedding tables, for good."""
+    for name in tokens.encoders:
+        encoder, tokenizer = getattr(pipe, name), getattr(pipe, tokenizer_of(name))
+        ids = Vocabulary.of(tokenizer).add(NAME, words_of(tokens))
+        size = max(encoder.get_input_embeddings().num_embeddings, max(ids) + 1)
+        encoder.resize_token_embeddings(size, mean_resizing=False)
+        rows = file.tensors[f"{name}.{TENSOR}"]
+        encoder.get_input_embeddings().weight[ids] = rows.float()
+        set_end(encoder, tokenizer.eos_token_id, for_good=True)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -75,7 +107,6 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 def _load(base: str, revision: str | None) -> Any:
     require("diffusers", "transformers")
-    import torch
     from diffusers import DiffusionPipeline
 
     if base in SHIPPED_BASES:

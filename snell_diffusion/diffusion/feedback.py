@@ -4,6 +4,8 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import torch
+
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.sampling import Sampler
 from snell_diffusion.diffusion.validation import Probe
@@ -57,6 +59,7 @@ class RunFeedback:
         self._base_loss: float | None = None
         self._kept_share: float | None = None
         self._loss: float | None = None
+        self._concluded = False
         self._refresh_kept_share()
 
     @property
@@ -88,25 +91,38 @@ class RunFeedback:
         """
         every = max(1, self._config.max_train_steps // _RECORDS)
         plan = [
-            (every, self._record_allocation),
             (self._config.validation_steps, self._validate),
+            (every, self._record_allocation),
             (self._config.sample_steps, self._draw),
         ]
-        due = [act for interval, act in plan if self._due(step, interval)]
         self._refresh_kept_share()
-        if due:
+        if any(self._due(step, interval) for interval, _ in plan):
             weights = trainable_parameters(self._state.components)
             require_finite_weights(weights, f"after step {step}", self._parallel)
-        for act in due:
-            act(step)
+        # One by one: the first may find that this step is the last.
+        for interval, act in plan:
+            if self._due(step, interval):
+                act(step)
 
     def _due(self, step: int, every: int | None) -> bool:
-        ends = step in (0, self._config.max_train_steps)
+        ends = step in (0, self._config.max_train_steps) or self._state.exhausted
         return ends or (every is not None and step % every == 0)
 
     def shown_weights(self) -> AbstractContextManager[None]:
-        """The adapter that is measured, drawn and saved: the average where one is kept."""
+        """The adapter that is measured, drawn and saved: the average where one is kept.
+
+        After `conclude` it is the best one measured, where a run looks for that.
+        """
+        if self._concluded and self._state.best is not None:
+            return self._state.best.applied()
         return nullcontext() if self._state.ema is None else self._state.ema.applied()
+
+    def conclude(self) -> None:
+        """From now on show the adapter that the run keeps."""
+        self._concluded = True
+        best = self._state.best
+        if best is not None:
+            self._loss = best.loss if math.isfinite(best.loss) else None
 
     def _refresh_kept_share(self) -> None:
         if self._state.competition is not None:
@@ -127,12 +143,25 @@ class RunFeedback:
             if self._held_out is not None:
                 self._loss = self._finite(self._held_out.loss(), f"the held-out loss, step {step},")
                 numbers["validation_loss"] = self._loss
+                self._judge(step)
             if self._drift is not None:
                 drift = self._drift.drift()
                 numbers["drift"] = self._finite(drift, f"the drift from the base, step {step},")
         if numbers:
             self._tracker.event("validation", step=step, **numbers)
             self._tracker.remote(numbers, step)
+
+    def _judge(self, step: int) -> None:
+        """Let the measurement decide which adapter is kept and whether the run goes on."""
+        best = self._state.best
+        if best is None:
+            return
+        loss = math.nan if self._loss is None else self._loss
+        # The same number everywhere: all processes must stop at the same step.
+        shared = torch.tensor(loss, dtype=torch.float64, device=self._parallel.device)
+        best.observe(step, float(self._parallel.mean(shared)))
+        if best.exhausted:
+            self._tracker.event("early stop", step=step, best_step=best.step, best_loss=best.loss)
 
     def _finite(self, value: float, what: str) -> float | None:
         """A measurement, or None with a note: one that is not finite does not stop training."""

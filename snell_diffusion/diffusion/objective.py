@@ -145,7 +145,7 @@ def build_probe(
 def _text_table(
     config: TrainConfig, model: Model, prompts: Sequence[str], cache: Cache
 ) -> TextTable:
-    return TextTable(model, prompts, not config.train_text_encoder, cache)
+    return TextTable(model, prompts, not config.trains_text, cache)
 
 
 def _require_sound(latents: Sequence[Latents], text: TextTable, parallel: Parallel) -> None:

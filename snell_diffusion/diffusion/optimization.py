@@ -11,6 +11,7 @@ from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.setup import ADAPTER
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.adapter_tensors import Components
+from snell_diffusion.training.early_stop import BestAdapter
 from snell_diffusion.training.ema import AdapterEma
 from snell_diffusion.training.loop import LoopSettings, TrainState
 from snell_diffusion.training.optimizers import make_optimizer
@@ -31,6 +32,7 @@ def parameter_groups(config: TrainConfig, components: Components) -> list[dict[s
             lr=text_rate or config.learning_rate,
             weight_decay=config.adam_weight_decay,
             scalar_lr=config.scalar_learning_rate,
+            token_lr=config.token_learning_rate,
         )
     return groups
 
@@ -77,6 +79,14 @@ def build_competition(config: TrainConfig, components: Components) -> Any:
         raise SnellaConfigError(f"the layers' competition cannot be scheduled: {error}") from error
 
 
+def build_best(config: TrainConfig, components: Components) -> BestAdapter | None:
+    """What watches the held-out loss; None without early_stopping_patience."""
+    patience = config.early_stopping_patience
+    if patience is None:
+        return None
+    return BestAdapter(components, patience, config.early_stopping_min_delta)
+
+
 def build_state(config: TrainConfig, components: Components, parallel: Parallel) -> TrainState:
     """Everything that training steps change, at step 0."""
     optimizer = parallel.prepare(components, build_optimizer(config, components))
@@ -87,6 +97,7 @@ def build_state(config: TrainConfig, components: Components, parallel: Parallel)
         scheduler=build_scheduler(config, optimizer),
         competition=build_competition(config, components),
         ema=None if decay is None else AdapterEma(components, decay),
+        best=build_best(config, components),
         scaler=torch.amp.GradScaler(parallel.device.type, enabled=config.mixed_precision == "fp16"),
     )
 

@@ -1,7 +1,6 @@
-"""What a finished run leaves: the adapter file and a model card."""
+"""What a finished run leaves: the adapter file; its model card is in card.py."""
 
 import errno
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,9 +11,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from snell_diffusion.adapters import save_adapter
+from snell_diffusion.adapters.export_tokens import write_embeds
+from snell_diffusion.adapters.tokens import TENSOR, describe_tokens
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.setup import ADAPTER, Sizes
-from snell_diffusion.training.files import temporary_name, write_text, write_with
+from snell_diffusion.training.files import temporary_name, write_with
+from snell_diffusion.tuners.tokens import Word
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class RunResult:
         seconds: Wall time of this process's part of the run, loading included.
         peak_memory: Most memory in bytes: GPU tensors on CUDA, else resident memory of the process.
         sizes: Layers and parameters.
+        step: The last optimizer step.
+        kept_step: The step whose adapter was kept, where early stopping chose it.
+        stopped_early: Whether early stopping ended the run.
     """
 
     output_dir: Path
@@ -40,6 +45,9 @@ class RunResult:
     seconds: float
     peak_memory: int
     sizes: Sizes
+    step: int = 0
+    kept_step: int | None = None
+    stopped_early: bool = False
 
 
 def save_result(
@@ -48,6 +56,7 @@ def save_result(
     """Write the adapter file of the run to `path`, atomically."""
     if config.method == "lora":
         _save_lora(components, path, type(pipe))
+        _save_words(components, path.parent)
         return
     metadata = {
         "instance_prompt": config.subjects[0].instance_prompt,
@@ -68,6 +77,7 @@ def save_result(
 def _save_lora(components: dict[str, nn.Module], path: Path, pipeline: type) -> None:
     from diffusers.utils import convert_state_dict_to_diffusers
 
+    components = {n: model for n, model in components.items() if hasattr(model, "peft_config")}
     layers = {
         f"{name}_lora_layers": convert_state_dict_to_diffusers(
             get_peft_model_state_dict(model, adapter_name=ADAPTER)
@@ -93,85 +103,11 @@ def _save_lora(components: dict[str, nn.Module], path: Path, pipeline: type) -> 
     write_with(path, write)
 
 
-def write_card(config: TrainConfig, result: RunResult, pictures: Sequence[str]) -> Path:
-    """Write README.md, the model card: what it is, how to use it, what was measured."""
-    path = result.output_dir / "README.md"
-    shown = "\n\n".join(f"![{_CAPTIONS[name]}]({name})\n\n{_CAPTIONS[name]}" for name in pictures)
-    write_text(path, _CARD.format(**_card_values(config, result), pictures=shown))
-    return path
-
-
-_CAPTIONS = {
-    "samples.png": "Samples during training; the first row is the start, seeds are the same.",
-    "loss.png": "Loss over the steps.",
-    "allocation.png": "Share of the update's entries that each layer keeps, through the network.",
-}
-
-_CARD = """---
-base_model: {base}
-library_name: diffusers
-tags: [text-to-image, diffusers, dreambooth, {method}]
-instance_prompt: "{prompt}"
----
-# {prompt}
-
-A {name} adapter for `{base}`, trained on {photos} with `{prompt}`.
-
-```python
-{usage}
-pipe("{prompt}").images[0].save("picture.png")
-```
-
-| | |
-|---|---|
-| steps, batch, learning rate | {steps}, {batch}, {rate} |
-| trainable parameters | {trainable:,} in {layers} layers (base: {base_size:,}) |
-| loss on held-out photos, base model -> adapted | {before} -> {after} |
-| time, peak memory | {seconds:.0f} s, {memory:.2f} GiB |
-| seed | {seed} |
-
-All settings: [config.yaml](config.yaml). Every step: [log.jsonl](log.jsonl).
-
-{pictures}
-"""
-
-_USAGE = {
-    "snella": """import snell_diffusion
-from diffusers import StableDiffusionPipeline
-
-pipe = StableDiffusionPipeline.from_pretrained({source})
-pipe.load_snella_weights("{folder}")""",
-    "lora": """from diffusers import StableDiffusionPipeline
-
-pipe = StableDiffusionPipeline.from_pretrained({source})
-pipe.load_lora_weights("{folder}")""",
-}
-
-
-def _card_values(config: TrainConfig, result: RunResult) -> dict[str, Any]:
-    base = config.pretrained_model_name_or_path
-    source = "snell_diffusion.models.embedded_path()" if base == "embedded" else f'"{base}"'
-    photos = next(e["photos"] for e in result.history if e["event"] == "start")
-    return {
-        "base": base,
-        "method": config.method,
-        "name": {"snella": "SNELLA", "lora": "LoRA"}[config.method],
-        "prompt": config.subjects[0].instance_prompt,
-        "photos": f"{photos} photo{'s' if photos > 1 else ''}",
-        "usage": _USAGE[config.method].format(source=source, folder=config.output_dir),
-        "steps": config.max_train_steps,
-        "batch": config.train_batch_size,
-        "rate": config.learning_rate,
-        "trainable": result.sizes.trainable,
-        "layers": result.sizes.layers,
-        "base_size": result.sizes.base,
-        "before": _number(result.validation_loss_before),
-        "after": _number(result.validation_loss_after),
-        "seconds": result.seconds,
-        "memory": result.peak_memory / 2**30,
-        "seed": config.seed,
-    }
-
-
-def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4f}"
+def _save_words(components: dict[str, nn.Module], folder: Path) -> None:
+    """New words beside a LoRA, whose file has no place for them."""
+    tokens, tensors = describe_tokens(components, ADAPTER)
+    if tokens is not None:
+        words = [Word(**word) for word in tokens["words"]]
+        classes = {name: row["class"] for name, row in tokens["encoders"].items()}
+        rows = {name: tensors[f"{name}.{TENSOR}"] for name in classes}
+        write_embeds(folder, words, rows, classes)

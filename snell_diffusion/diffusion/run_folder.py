@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from snell_diffusion.adapters.export_tokens import EMBEDS_NAME
 from snell_diffusion.diffusion.concepts import ConceptConfig
 from snell_diffusion.diffusion.config import Feedback, TrainConfig
 from snell_diffusion.diffusion.config_files import config_values
@@ -26,13 +27,15 @@ FILES = (
     "allocation.png",
     "samples.png",
     "README.md",
+    EMBEDS_NAME,
     *ADAPTER_FILES.values(),
 )
 FOLDERS = ("samples", "checkpoints", CLASS_IMAGES, "logs")
 
 # Settings that a resumed run may change: they change nothing that is trained. Photos, class images
 # and the base are compared by content, wherever they lie.
-FREE = frozenset(Feedback.__dataclass_fields__) - {"num_validation_photos"} | {
+_JUDGE = frozenset({"early_stopping_patience", "early_stopping_min_delta"})
+FREE = frozenset(Feedback.__dataclass_fields__) - {"num_validation_photos"} - _JUDGE | {
     "checkpointing_steps",
     "checkpoints_total_limit",
     "cache_dir",
@@ -42,12 +45,16 @@ FREE = frozenset(Feedback.__dataclass_fields__) - {"num_validation_photos"} | {
     "instance_data_dir",
     "output_dir",
     "overwrite",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
     "pretrained_model_name_or_path",
     "resume_from_checkpoint",
     "revision",
     "sample_batch_size",
     "variant",
 }
+_MEASURED = frozenset({"validation_steps", "validation_timesteps"})
 # What concepts and their folders are called; photos and prompts are compared by content.
 _NAMES = frozenset({"name", "instance_prompt"})
 # Settings that count through their product with the number of processes.
@@ -138,7 +145,8 @@ class RunFolder:
         for folder in (self.path, *(self.path / name for name in FOLDERS)):
             sweep(folder)
         if self.config.overwrite and not self.config.resume_from_checkpoint:
-            for name in (*FILES, *FOLDERS):
+            words = [path.name for path in self.path.glob("learned_embeds_*.safetensors")]
+            for name in (*FILES, *words, *FOLDERS):
                 if name != CLASS_IMAGES:
                     remove(self.path / name)
 
@@ -172,7 +180,10 @@ def identity(config: TrainConfig, data: str, base: str, processes: int) -> dict[
         base: Digest of the base model.
         processes: Processes that share a batch.
     """
-    settings = {k: v for k, v in config_values(config).items() if k not in FREE | PER_PROCESS}
+    # Where measurements decide which adapter is kept, they must go on as they began.
+    judged = _MEASURED if config.early_stopping_patience else frozenset()
+    free = FREE - judged | PER_PROCESS
+    settings = {k: v for k, v in config_values(config).items() if k not in free}
     settings["concepts"] = [
         {k: v for k, v in concept.items() if k not in FREE | _NAMES}
         for concept in settings["concepts"]

@@ -90,7 +90,7 @@ class Sampler:
     ) -> list[Image.Image]:
         # One encoder call: the rows of the prompts, then the empty prompt's.
         family, pipe = self._model.family, self._model.pipe
-        encoded = family.encode_text(pipe, [*prompts, ""])
+        encoded = self._model.encode_text([*prompts, ""])
         conditions: Conditions = {name: rows[:-1] for name, rows in encoded.items()}
         request = SampleRequest(
             conditions=conditions,

@@ -12,8 +12,9 @@ from torch import nn
 
 from snell_diffusion.adapters.identity import config_hash
 from snell_diffusion.diffusion.config import TrainConfig
-from snell_diffusion.diffusion.families import Family, family_of
+from snell_diffusion.diffusion.families import Conditions, Family, family_of
 from snell_diffusion.diffusion.losses import Objective
+from snell_diffusion.diffusion.new_tokens import add_words, new_words
 from snell_diffusion.diffusion.timesteps import TimestepSettings
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.models import SHIPPED_BASES, embedded_path
@@ -25,6 +26,7 @@ from snell_diffusion.training.adapter_tensors import (
 from snell_diffusion.training.parallel import Parallel
 from snell_diffusion.training.randomness import seed_torch
 from snell_diffusion.tuners import SnellaConfig
+from snell_diffusion.tuners.tokens import TokenLayer, Word, spelled
 
 ADAPTER = "default"
 # Sides of training pictures, in parts of the base's own, below and above which we warn.
@@ -135,11 +137,22 @@ def method_config(config: TrainConfig, family: Family, *, text: bool = False) ->
         SnellaConfigError: A setting does not exist for the method.
     """
     targets = list(family.text_targets if text else config.target_modules or family.targets)
+    if config.target_conv and not text:
+        targets += _conv_targets(family)
     given = {name: getattr(config, name) for name in _SNELLA_FIELDS}
     given = {name: value for name, value in given.items() if value is not None}
     if text and config.text_encoder_rank is not None:
         given["rank"] = config.text_encoder_rank
     return _METHODS[config.method](given, targets, config.seed)
+
+
+def _conv_targets(family: Family) -> tuple[str, ...]:
+    if not family.conv_targets:
+        raise SnellaConfigError(
+            f"target_conv: the family {family.name} has no list of convolutions; leave it off, or "
+            f"name them in target_modules"
+        )
+    return family.conv_targets
 
 
 def _snella(given: dict[str, Any], targets: list[str], seed: int) -> PeftConfig:
@@ -189,6 +202,7 @@ class Model:
         device: Where the denoiser is.
         base: Digest of the base before it was adapted.
         sizes: Layers and parameters, counted while every process had all of them.
+        words: New words that prompts may use.
     """
 
     family: Family
@@ -198,6 +212,11 @@ class Model:
     device: torch.device
     base: str
     sizes: "Sizes"
+    words: tuple[Word, ...] = ()
+
+    def encode_text(self, prompts: Sequence[str]) -> Conditions:
+        """`Family.encode_text` of prompts that may have new words of several vectors."""
+        return self.family.encode_text(self.pipe, [spelled(p, self.words) for p in prompts])
 
     @property
     def denoiser(self) -> nn.Module:
@@ -236,7 +255,8 @@ def build_model(
         if config.gradient_checkpointing:
             next(getattr(model, way) for way in _CHECKPOINTING if hasattr(model, way))()
     objective = family.objective(pipe, device, timestep_settings(config))
-    return Model(family, pipe, components, objective, device, base, counted)
+    words = tuple(new_words(config))
+    return Model(family, pipe, components, objective, device, base, counted, words)
 
 
 def size_notes(config: TrainConfig, model: Model) -> list[str]:
@@ -282,6 +302,7 @@ def add_adapters(config: TrainConfig, family: Family, pipe: Any) -> dict[str, nn
             _adapt(components[name], settings)
         except ValueError as error:
             raise SnellaConfigError(f"{name} cannot be adapted: {error}") from error
+    components |= add_words(config, family, pipe, ADAPTER)
     for parameter in trainable_parameters(components).values():
         parameter.data = parameter.data.float()
     return components
@@ -319,7 +340,7 @@ class Sizes:
 def sizes(components: Components) -> Sizes:
     """Count wrapped layers, trainable numbers, numbers in the wrapped weights and in the models."""
     trainable = trainable_parameters(components)
-    layers = [layer for _, layer in tuner_layers(components)]
+    layers = [layer for _, layer in tuner_layers(components) if not isinstance(layer, TokenLayer)]
     everything = sum(p.numel() for m in components.values() for p in m.parameters())
     count = sum(p.numel() for p in trainable.values())
     adapted = sum(layer.get_base_layer().weight.numel() for layer in layers)

@@ -14,6 +14,7 @@ from pathlib import Path
 from accelerate.state import AcceleratorState
 
 from snell_diffusion.diffusion.cache import Cache
+from snell_diffusion.diffusion.card import Facts, write_card
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.config_files import config_text, config_values
 from snell_diffusion.diffusion.data import Photo, data_digest
@@ -21,14 +22,17 @@ from snell_diffusion.diffusion.drawing import LedSampler
 from snell_diffusion.diffusion.dry_run import dry_run
 from snell_diffusion.diffusion.feedback import RunFeedback
 from snell_diffusion.diffusion.framing import shapes
+from snell_diffusion.diffusion.hub import require_hub, upload
 from snell_diffusion.diffusion.inputs import Photos
+from snell_diffusion.diffusion.licence import base_licence
+from snell_diffusion.diffusion.new_tokens import require_words_used
 from snell_diffusion.diffusion.objective import build_loss, build_probe
 from snell_diffusion.diffusion.optimization import build_state, loop_settings, start_processes
 from snell_diffusion.diffusion.prior import ClassImages, class_images, complete_images
-from snell_diffusion.diffusion.results import RunResult, save_result, write_card
+from snell_diffusion.diffusion.results import RunResult, save_result
 from snell_diffusion.diffusion.run_folder import RunFolder, identity, require_same
 from snell_diffusion.diffusion.sampling import Sampler, rest
-from snell_diffusion.diffusion.setup import build_model
+from snell_diffusion.diffusion.setup import base_path, build_model
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.adapter_tensors import (
     adapters_off,
@@ -41,6 +45,7 @@ from snell_diffusion.training.errors import (
     Interrupted,
     NonFiniteError,
     OutputError,
+    UploadError,
 )
 from snell_diffusion.training.files import write_text
 from snell_diffusion.training.finite import require_finite_weights
@@ -74,15 +79,18 @@ def run(config: TrainConfig, on_event: OnEvent | None = None) -> RunResult:
     """
     folder = RunFolder(config)
     photos = Photos.find(config, folder)
+    require_words_used(config, photos.instance)
     if not config.dry_run:
         folder.check()
     _require_tracker(config)
+    repository = require_hub(config)
     parallel = start_processes(config)
     try:
         with StopRequest(launcher_pid()) as stop:
             if config.dry_run:
                 return dry_run(config, photos, parallel, stop, on_event)
-            return Trainer(config, folder, photos, parallel, stop, on_event).run()
+            trainer = Trainer(config, folder, photos, parallel, stop, on_event, repository)
+            return trainer.run()
     finally:
         parallel.accelerator.end_training()
         # Another run in this process may use another precision.
@@ -98,6 +106,13 @@ def _require_tracker(config: TrainConfig) -> None:
         )
 
 
+def _ending(error: BaseException) -> str:
+    """What status.json says of a run that ends with an error."""
+    if isinstance(error, UploadError):
+        return "finished"
+    return "stopped" if isinstance(error, Interrupted) else "failed"
+
+
 class Trainer:
     """One run in one process. Building it loads and checks everything; nothing is written yet."""
 
@@ -109,7 +124,9 @@ class Trainer:
         parallel: Parallel,
         stop: StopRequest,
         on_event: OnEvent | None,
+        repository: str | None = None,
     ) -> None:
+        self._repository = repository
         self._began = time.monotonic()
         self._config, self._folder, self._photos = config, folder, photos
         self._parallel, self._stop, self._on_event = parallel, stop, on_event
@@ -138,6 +155,35 @@ class Trainer:
             seed=config.seed,
         )
 
+    def _write_card(self, result: RunResult) -> None:
+        """Pictures and model card; with push_to_hub all of it goes to the hub."""
+        config, pictures = self._config, self._feedback.draw_pictures()
+        online = self._repository is not None
+        licence = base_licence(base_path(config), config.revision, online)
+        facts = Facts(type(self._model.pipe).__name__, licence, self._repository)
+        card = write_card(config, result, pictures, facts)
+        assert result.adapter_path is not None
+        folder = result.output_dir
+        self._to_upload = [
+            result.adapter_path,
+            card,
+            *(folder / name for name in pictures),
+            *sorted(folder.glob("learned_embeds*.safetensors")),
+            *sorted((folder / "samples").glob("step-*.png")),
+        ]
+
+    def _upload(self) -> None:
+        """Everything is written by now, and stays if the hub refuses it."""
+        if self._repository is None:
+            return
+        try:
+            if self._parallel.main:
+                address = upload(self._repository, self._config, self._to_upload)
+                self._tracker.note(f"uploaded to {address}")
+        except UploadError as error:
+            self._tracker.note(str(error))
+            raise
+
     def _find_checkpoint(self) -> Checkpoint | None:
         """The main process first: it may have to put back what a killed run left half renamed."""
         main = self._parallel.main
@@ -156,10 +202,11 @@ class Trainer:
         try:
             self._prepare()
             self._train()
-            return self._finish()
+            result = self._finish()
+            self._upload()
+            return result
         except BaseException as error:
-            ended = "stopped" if isinstance(error, Interrupted) else "failed"
-            self._tracker.ended(error, ended)
+            self._tracker.ended(error, _ending(error))
             raise
         finally:
             self._closing.close()
@@ -304,7 +351,8 @@ class Trainer:
         )
         self._feedback.after(step)
         every = self._config.checkpointing_steps
-        if (every and step % every == 0) or step == self._config.max_train_steps:
+        last = step == self._config.max_train_steps or self._state.exhausted
+        if (every and step % every == 0) or last:
             self._save_checkpoint()
         self._last = time.monotonic()
 
@@ -342,6 +390,8 @@ class Trainer:
         """Write adapter, pictures and model card."""
         components, main = self._model.components, self._parallel.main
         self._tracker.status("saving")
+        self._feedback.conclude()
+        best = self._state.best
         adapter = self._folder.path / self._folder.adapter_file
         if main:
             with self._feedback.shown_weights(), self._parallel.as_loaded(components):
@@ -355,15 +405,24 @@ class Trainer:
             seconds=time.monotonic() - self._began,
             peak_memory=peak_memory(self._model.device),
             sizes=self._model.sizes,
+            step=self._state.step,
+            kept_step=None if best is None else best.step,
+            stopped_early=self._state.exhausted,
         )
+        if best is not None:
+            ended = "stopped early" if self._state.exhausted else "ended"
+            self._tracker.note(
+                f"{ended} at step {self._state.step}; kept is the best adapter measured, "
+                f"step {best.step}, held-out loss {best.loss:.4f}"
+            )
         if main:
-            write_card(self._config, result, self._feedback.draw_pictures())
+            self._write_card(result)
         self._tracker.event(
             "finished",
             step=self._state.step,
             run_seconds=round(result.seconds, 2),
             memory=result.peak_memory,
         )
-        self._tracker.status("finished", force=True, eta_s=0.0)
+        self._tracker.status("finished", force=True, eta_s=0.0, kept_step=result.kept_step)
         self._parallel.wait()
         return result

@@ -29,6 +29,12 @@ class DivergedError(TrainingError):
     exit_code = 4
 
 
+class UploadError(TrainingError):
+    """A finished run could not be uploaded; everything it wrote is there."""
+
+    exit_code = 5
+
+
 class Interrupted(TrainingError):
     """SIGINT or SIGTERM arrived; the state was saved. Exit code 130 or 143 (128 + signal)."""
 

@@ -52,7 +52,7 @@ def require_fit(
     """
     where = f"checkpoint {checkpoint.path} does not fit this run"
     _same_keys(f"{where}: its groups of tensors", tensors, checkpoint.tensors)
-    for group in ("adapter", "ema"):
+    for group in ("adapter", "ema", "best"):
         if group in tensors:
             _same_tensors(f"{where}: {group}", tensors[group], checkpoint.tensors[group])
     _fits_parameters(f"{where}: optimizer", checkpoint.tensors["optimizer"], parameters)

@@ -19,6 +19,7 @@ from snell_diffusion.training.adapter_tensors import (
     trainable_parameters,
 )
 from snell_diffusion.training.checkpoints import Checkpoint, Tensors
+from snell_diffusion.training.early_stop import BestAdapter
 from snell_diffusion.training.ema import AdapterEma
 from snell_diffusion.training.errors import CheckpointError
 from snell_diffusion.training.finite import (
@@ -89,6 +90,7 @@ class TrainState:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     competition: Competes | None = None
     ema: AdapterEma | None = None
+    best: BestAdapter | None = None
     scaler: torch.amp.GradScaler = field(
         default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False)
     )
@@ -98,6 +100,11 @@ class TrainState:
 
     def __post_init__(self) -> None:
         self.parameters = list(trainable_parameters(self.components).values())
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether measurements say that more steps are not worth it."""
+        return self.best is not None and self.best.exhausted
 
     def pack(self) -> tuple[Tensors, dict[str, Any]]:
         """Tensors and plain values of a checkpoint."""
@@ -115,6 +122,9 @@ class TrainState:
         }
         if self.ema is not None:
             tensors["ema"] = self.ema.shadow
+        if self.best is not None:
+            tensors["best"] = self.best.tensors
+            state["best"] = self.best.state_dict()
         if self.competition is not None:
             scores = self.competition.state_dict()
             tensors["competition"] = {k: v for k, v in scores.items() if isinstance(v, Tensor)}
@@ -130,6 +140,11 @@ class TrainState:
         tensors, state = checkpoint.tensors, checkpoint.state
         places = [p for group in self.optimizer.param_groups for p in group["params"]]
         require_fit(checkpoint, *self.pack(), places)
+        if self.best is not None:
+            try:
+                self.best.load(state["best"], tensors["best"])
+            except CheckpointError as error:
+                raise CheckpointError(f"checkpoint {checkpoint.path}: {error}") from error
         if self.competition is not None:
             try:
                 scores = {**state["competition"], **tensors["competition"]}
@@ -164,19 +179,20 @@ def train(
         stop: Ends the run after the current step.
 
     Returns:
-        True if the run ended early, by a stop request on any process.
+        True if a stop request on any process ended the run; False if it is done, also where
+        `state.best` found more steps not worth it.
 
     Raises:
         NonFiniteError: Loss, gradient or weights are not finite; the step was not taken.
         DivergedError: The processes hold different levels.
     """
-    while state.step < settings.steps:
+    while state.step < settings.steps and not state.exhausted:
         numbers, stopping = _one_step(state, loss_at, settings, parallel, stop)
         on_step(numbers)
         # Several processes must agree on the step, so there only the shared flag counts.
         if parallel.world == 1:
             stopping = stop.signum is not None
-        if stopping and state.step < settings.steps:
+        if stopping and state.step < settings.steps and not state.exhausted:
             return True
     return False
 

@@ -52,6 +52,7 @@ class Family:
         tokenizers: Names of their tokenizers, in the same order.
         targets: Suffixes of the denoiser's Linear layers to adapt by default.
         text_targets: The same for all text encoders.
+        conv_targets: Suffixes of the convolutions that `target_conv` adds; none: it is refused.
         multiple: Sides of training pictures must be multiples of this, in pixels.
         native_size: (pipeline) -> side in pixels of the pictures that the base was made for.
         load: (path or id, **from_pretrained arguments) -> pipeline, on the CPU.
@@ -84,4 +85,5 @@ class Family:
     objective: Callable[[Any, torch.device, TimestepSettings], Objective]
     denoise: Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor]
     sample: Callable[[Any, SampleRequest], Tensor]
+    conv_targets: tuple[str, ...] = ()
     large_encoders: tuple[str, ...] = ()

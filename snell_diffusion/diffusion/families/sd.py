@@ -92,4 +92,5 @@ FAMILY = Family(
     objective=objective,
     denoise=denoise,
     sample=sample,
+    conv_targets=("conv1", "conv2", "conv_shortcut", "conv", "proj_in", "proj_out"),
 )
