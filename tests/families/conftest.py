@@ -18,7 +18,7 @@ from snell_diffusion.diffusion.setup import Model, add_adapters, load_base
 from snell_diffusion.diffusion.timesteps import TimestepSettings
 from snell_diffusion.diffusion.training import RunResult, run
 from tests.diffusion import training_runs
-from tests.families.tiny import Tiny, tiny
+from tests.families.tiny import Tiny, records
 
 CPU = torch.device("cpu")
 
@@ -47,12 +47,26 @@ class Trained:
     model: Model
 
 
-@pytest.fixture(scope="session", params=sorted(families()))
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    record = tiny(request.param)
-    folder = tmp_path_factory.mktemp("families") / request.param
+CASES = {name: (f, made) for f in sorted(families()) for name, made in records(f).items()}
+
+
+def make_case(name: str, folder: Path) -> Case:
+    """Write the tiny pipeline of a family or variant to `folder`."""
+    family, record = CASES[name]
     record.save(folder)
-    return Case(families()[request.param], record, folder)
+    return Case(families()[family], record, folder)
+
+
+@pytest.fixture(scope="session", params=CASES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Every family, and its variants."""
+    return make_case(request.param, tmp_path_factory.mktemp("families") / request.param)
+
+
+@pytest.fixture(scope="session", params=sorted(families()))
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Every family once, to train."""
+    return make_case(request.param, tmp_path_factory.mktemp("bases") / request.param)
 
 
 @pytest.fixture(scope="session")
@@ -116,12 +130,12 @@ class Adapted:
 
 
 @pytest.fixture(scope="session")
-def adapted(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Adapted:
-    config = settings(case, tmp_path_factory.mktemp("adapted"), init_sparsity=0, target_sparsity=0)
+def adapted(base: Case, tmp_path_factory: pytest.TempPathFactory) -> Adapted:
+    config = settings(base, tmp_path_factory.mktemp("adapted"), init_sparsity=0, target_sparsity=0)
     family, pipe = load_base(config)
     components = add_adapters(replace(config, init="paper"), family, pipe)
     objective = family.objective(pipe, CPU, TimestepSettings())
-    noisy, target, timesteps = noisy_example(case, pipe, objective)
+    noisy, target, timesteps = noisy_example(base, pipe, objective)
 
     def loss(asked: Conditions) -> Tensor:
         denoiser = components[family.denoiser]
@@ -131,8 +145,8 @@ def adapted(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Adapted:
 
 
 @pytest.fixture(scope="session")
-def trained(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
-    config = settings(case, tmp_path_factory.mktemp("run"))
+def trained(base: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+    config = settings(base, tmp_path_factory.mktemp("run"))
     with pytest.MonkeyPatch.context() as patch:
         model = keep_model(patch)
         result = run(config)

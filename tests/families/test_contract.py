@@ -23,8 +23,8 @@ from snell_diffusion.training.adapter_tensors import (
     trainable_parameters,
 )
 from tests.families.conftest import CPU, Adapted, Case, Trained, conditions, noisy_example
+from tests.families.stock import PROMPTS, call, generators, stock_steps
 
-PROMPTS = ["a sks cat", "a dog on a very long and winding road"]
 ADAPTER = "pytorch_snella_weights.safetensors"
 
 
@@ -53,15 +53,8 @@ def test_rows_of_prompts_do_not_depend_on_each_other(case: Case, pipe: Any) -> N
 @torch.no_grad()
 def test_denoise_is_a_step_of_the_stock_pipeline(case: Case, pipe: Any) -> None:
     """Same sign, scale, timestep, packing and conditions as what the stock scheduler is given."""
-    stock, seen = case.stock(), []
-    step = stock.scheduler.step
-
-    def record(output: Tensor, t: Tensor, sample: Tensor, *more: Any, **named: Any) -> Any:
-        seen.append((output, t, sample))
-        return step(output, t, sample, *more, **named)
-
-    stock.scheduler.step = record
-    call(case, stock, steps=2, **case.tiny.plain)
+    stock = case.stock()
+    seen = stock_steps(case, stock, 2)
     asked = conditions(case, pipe, PROMPTS)
     for output, t, sample in seen:
         noisy, expected = (case.tiny.unpack(stock, packed) for packed in (sample, output))
@@ -111,19 +104,6 @@ def test_samples_are_those_of_the_stock_pipeline(case: Case, pipe: Any) -> None:
     torch.testing.assert_close(ours, stock.float(), rtol=0, atol=1e-3)
 
 
-def call(case: Case, pipe: Any, steps: int, **more: Any) -> Any:
-    """The stock pipeline on PROMPTS."""
-    side = case.tiny.side
-    values = {"output_type": "latent", "height": side, "width": side, **more}
-    # A list of its own, for some pipelines write their template into it.
-    prompts = list(PROMPTS)
-    return pipe(prompt=prompts, num_inference_steps=steps, generator=generators(), **values)
-
-
-def generators() -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-
-
 @torch.no_grad()
 def test_latents_decode_to_the_picture(case: Case, pipe: Any) -> None:
     """Encoding scales as decoding unscales: both ways give what the VAE alone gives."""
@@ -162,19 +142,19 @@ def test_two_steps_have_a_finite_loss_and_both_parts(trained: Trained) -> None:
     assert (trained.result.output_dir / "class_images").is_dir()
 
 
-def test_gradients_reach_every_adapter(case: Case, adapted: Adapted) -> None:
+def test_gradients_reach_every_adapter(base: Case, adapted: Adapted) -> None:
     parameters = trainable_parameters(adapted.components)
     names = list(parameters)
-    loss = adapted.loss(conditions(case, adapted.pipe, PROMPTS))
+    loss = adapted.loss(conditions(base, adapted.pipe, PROMPTS))
     grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     missed = {n for n, g in zip(names, grads, strict=True) if g is None or not g.any()}
-    assert missed == {n for n in names if any(part in n for part in case.tiny.idle)}
+    assert missed == {n for n in names if any(part in n for part in base.tiny.idle)}
     assert {name.split(".")[0] for name in names} == set(adapted.components)
 
 
-def test_a_batch_can_be_learned_by_heart(case: Case, adapted: Adapted) -> None:
+def test_a_batch_can_be_learned_by_heart(base: Case, adapted: Adapted) -> None:
     with torch.no_grad():
-        asked = conditions(case, adapted.pipe, PROMPTS)
+        asked = conditions(base, adapted.pipe, PROMPTS)
     parameters = trainable_parameters(adapted.components).values()
     optimizer = torch.optim.AdamW(parameters, lr=3e-2, eps=1e-15)
     losses = []
@@ -198,20 +178,20 @@ def test_resumed_is_bit_identical(trained: Trained, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_the_file_in_a_stock_pipeline_is_the_trained_model(case: Case, trained: Trained) -> None:
+def test_the_file_in_a_stock_pipeline_is_the_trained_model(base: Case, trained: Trained) -> None:
     model = trained.model
-    latents, _, timesteps = noisy_example(case, model.pipe, model.objective)
+    latents, _, timesteps = noisy_example(base, model.pipe, model.objective)
 
     def answer(pipe: Any, denoiser: Any) -> Tensor:
-        asked = conditions(case, pipe, PROMPTS)
-        return case.family.denoise(denoiser, latents, timesteps, asked)
+        asked = conditions(base, pipe, PROMPTS)
+        return base.family.denoise(denoiser, latents, timesteps, asked)
 
     with evaluating(model.components):
         expected = answer(model.pipe, model.denoiser)
         with adapters_off(model.components):
             assert not torch.allclose(answer(model.pipe, model.denoiser), expected)
-    stock = case.stock()
+    stock = base.stock()
     stock.load_snella_weights(trained.result.adapter_path)
-    torch.testing.assert_close(answer(stock, getattr(stock, case.family.denoiser)), expected)
-    pictures = call(case, stock, steps=1, output_type="pt", **case.tiny.guided).images
+    torch.testing.assert_close(answer(stock, getattr(stock, base.family.denoiser)), expected)
+    pictures = call(base, stock, steps=1, output_type="pt", **base.tiny.guided).images
     assert torch.isfinite(pictures).all()

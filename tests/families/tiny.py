@@ -1,6 +1,8 @@
 """What the contract tests need to know of a family: its tiny pipeline, how the stock one is used.
 
-Every family has a file `tiny_<name>.py` beside this one with a record `TINY = Tiny(...)`.
+Every family has a file `tiny_<name>.py` beside this one with a record `TINY = Tiny(...)`. Other
+pipelines that it covers may stand there as `VARIANTS = {"variant": Tiny(...)}`; they are compared
+with the stock pipeline, too, but not trained.
 """
 
 import importlib
@@ -57,5 +59,11 @@ class Tiny:
 
 def tiny(name: str) -> Tiny:
     """The record of a family; fails where a family has none."""
-    record: Tiny = importlib.import_module(f"tests.families.tiny_{name}").TINY
-    return record
+    return records(name)[name]
+
+
+def records(name: str) -> dict[str, Tiny]:
+    """The family's record under its name, and those of its variants as "name-variant"."""
+    module = importlib.import_module(f"tests.families.tiny_{name}")
+    variants: dict[str, Tiny] = getattr(module, "VARIANTS", {})
+    return {name: module.TINY, **{f"{name}-{key}": made for key, made in variants.items()}}

@@ -1,5 +1,6 @@
 """A tiny FLUX.1 dev."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,10 @@ def save(folder: Path) -> None:
     pipeline(use_dynamic_shifting=True).save_pretrained(folder)
 
 
+def save_schnell(folder: Path) -> None:
+    pipeline(guidance_embeds=False).save_pretrained(folder)
+
+
 def stock_text(pipe: Any, prompts: list[str]) -> Conditions:
     text, pooled, _ = pipe.encode_prompt(prompts)
     return {"text": text, "pooled": pooled}
@@ -60,3 +65,4 @@ TINY = Tiny(
     plain={"guidance_scale": TRAINING_GUIDANCE},
     unpack=unpack,
 )
+VARIANTS = {"schnell": replace(TINY, save=save_schnell)}

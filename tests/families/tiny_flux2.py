@@ -1,5 +1,6 @@
 """A tiny FLUX.2 klein."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def vae() -> AutoencoderKLFlux2:
     return made.eval()
 
 
-def save(folder: Path) -> None:
+def pipeline(is_distilled: bool = False) -> Flux2KleinPipeline:
     torch.manual_seed(0)
     transformer = Flux2Transformer2DModel(
         in_channels=16,
@@ -48,14 +49,22 @@ def save(folder: Path) -> None:
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=False,
     )
-    pipe = Flux2KleinPipeline(
+    return Flux2KleinPipeline(
         transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=vae(),
         text_encoder=components.qwen3(layers=LAYERS),
         tokenizer=components.qwen_tokenizer(),
+        is_distilled=is_distilled,
     )
-    pipe.save_pretrained(folder)
+
+
+def save(folder: Path) -> None:
+    pipeline().save_pretrained(folder)
+
+
+def save_distilled(folder: Path) -> None:
+    pipeline(is_distilled=True).save_pretrained(folder)
 
 
 def stock_text(pipe: Any, prompts: list[str]) -> Conditions:
@@ -74,3 +83,4 @@ TINY = Tiny(
     unpack=unpack,
     trains_text=False,
 )
+VARIANTS = {"distilled": replace(TINY, save=save_distilled)}

@@ -29,6 +29,10 @@ def save(folder: Path) -> None:
     pipeline(t5=False).save_pretrained(folder)
 
 
+def save_with_t5(folder: Path) -> None:
+    pipeline(t5=True).save_pretrained(folder)
+
+
 def stock_text(pipe: Any, prompts: list[str]) -> Conditions:
     text, _, pooled, _ = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
     return {"text": text, "pooled": pooled}
@@ -41,3 +45,4 @@ TINY = Tiny(
     # The last block drops the text's answers, so nothing depends on its questions.
     idle=("transformer_blocks.1.attn.add_q_proj",),
 )
+VARIANTS = {"t5": Tiny(save=save_with_t5, stock_text=stock_text)}
