@@ -64,11 +64,13 @@ class Facts:
         pipeline: Class of the base's pipeline.
         licence: Of the base.
         repository: Where the run will be on the hub; None if it is not uploaded.
+        absent: Components that the base lacks and that its pipeline wants to be told of.
     """
 
     pipeline: str
     licence: Licence
     repository: str | None = None
+    absent: tuple[str, ...] = ()
 
 
 def write_card(
@@ -144,6 +146,7 @@ def _usage(config: TrainConfig, facts: Facts) -> str:
     base = config.pretrained_model_name_or_path
     source = f"snell_diffusion.models.embedded_path({'' if base == 'embedded' else repr(base)})"
     source = source if base in SHIPPED_BASES else repr(_base_name(config))
+    source = ", ".join([source, *(f"{name}=None" for name in facts.absent)])
     where = facts.repository or config.output_dir
     verb = "load_snella_weights" if config.method == "snella" else "load_lora_weights"
     ours = config.method == "snella" or base in SHIPPED_BASES
@@ -179,10 +182,10 @@ def _licence(config: TrainConfig, licence: Licence) -> str:
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    """All settings, folders of this machine by their names alone."""
+    """All settings that are set, folders of this machine by their names alone."""
     found = {}
     for key, value in config_values(config).items():
-        if key in _LEFT_OUT:
+        if key in _LEFT_OUT or value is None or value == []:
             continue
         if key == "concepts":
             value = [{k: _told(k, v) for k, v in concept.items()} for concept in value]

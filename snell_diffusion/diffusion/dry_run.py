@@ -12,7 +12,7 @@ from snell_diffusion.diffusion.inputs import Photos
 from snell_diffusion.diffusion.objective import build_loss
 from snell_diffusion.diffusion.optimization import build_state, loop_settings
 from snell_diffusion.diffusion.results import RunResult
-from snell_diffusion.diffusion.setup import build_model
+from snell_diffusion.diffusion.setup import build_model, size_notes
 from snell_diffusion.training.loop import train
 from snell_diffusion.training.parallel import Parallel
 from snell_diffusion.training.signals import StopRequest
@@ -48,6 +48,7 @@ def dry_run(
         f"adapter: {config.method}, {size.trainable:,} trainable parameters in {size.layers} "
         f"layers ({size.adapted:,} weights)",
         *photos.summary(config, shapes(config, model.family.multiple)),
+        *size_notes(config, model),
         f"one step: {seconds:.2f} s, peak memory {memory / 2**30:.2f} GiB",
         "dry run: all checks passed, nothing was written",
     ]
