@@ -22,7 +22,7 @@ from snell_diffusion.training.adapter_tensors import (
     evaluating,
     trainable_parameters,
 )
-from tests.families.conftest import CPU, Adapted, Case, Trained, conditions, noisy_example
+from tests.families.conftest import CPU, Adapted, Case, Trained, conditions, noisy_example, settings
 from tests.families.stock import PROMPTS, call, generators, stock_steps
 
 ADAPTER = "pytorch_snella_weights.safetensors"
@@ -140,6 +140,24 @@ def test_two_steps_have_a_finite_loss_and_both_parts(trained: Trained) -> None:
         assert event["loss"] == pytest.approx(total, rel=1e-5)
     assert trained.result.validation_loss_after != trained.result.validation_loss_before
     assert (trained.result.output_dir / "class_images").is_dir()
+
+
+def test_the_prior_may_be_the_answers_of_the_base(base: Case, tmp_path: Path) -> None:
+    """Without class images; an adapter that changes nothing yet has no such loss."""
+    result = run(
+        settings(
+            base,
+            tmp_path,
+            prior_loss="prediction",
+            train_text_encoder=False,
+            num_validation_photos=0,
+            checkpointing_steps=None,
+        )
+    )
+    first, second = (e["loss_prior"] for e in result.history if e["event"] == "step")
+    assert first == pytest.approx(0, abs=1e-10)
+    assert 0 < second < math.inf
+    assert not (result.output_dir / "class_images").exists()
 
 
 def test_gradients_reach_every_adapter(base: Case, adapted: Adapted) -> None:
