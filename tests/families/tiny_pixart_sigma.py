@@ -1,11 +1,13 @@
 """A tiny PixArt-Sigma, whose transformer also predicts a variance."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
     DPMSolverMultistepScheduler,
+    PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
 )
@@ -32,7 +34,7 @@ def transformer(**changes: Any) -> PixArtTransformer2DModel:
 
 def parts(**changes: Any) -> dict[str, Any]:
     return {
-        "tokenizer": components.t5_tokenizer(),
+        "tokenizer": components.t5_tokenizer(300),
         "text_encoder": components.t5(),
         "vae": components.vae(),
         "transformer": transformer(**changes),
@@ -42,6 +44,12 @@ def parts(**changes: Any) -> dict[str, Any]:
 
 def save(folder: Path) -> None:
     PixArtSigmaPipeline(**parts()).save_pretrained(folder)
+
+
+def save_alpha(folder: Path) -> None:
+    """A transformer for latents of 128 x 128 is told sizes; their embeddings come in threes."""
+    sizes = {"sample_size": 128, "num_attention_heads": 3, "cross_attention_dim": 24}
+    PixArtAlphaPipeline(**parts(**sizes)).save_pretrained(folder)
 
 
 def stock_text(pipe: Any, prompts: list[str]) -> Conditions:
@@ -55,3 +63,5 @@ TINY = Tiny(
     plain={"guidance_scale": 1.0, "use_resolution_binning": False, "clean_caption": False},
     guided={"guidance_scale": 3.0, "use_resolution_binning": False, "clean_caption": False},
 )
+
+VARIANTS = {"alpha": replace(TINY, save=save_alpha)}

@@ -1,6 +1,8 @@
 """A tiny Sana: one latent covers 32 pixels, as in the real one."""
 
 import inspect
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +41,11 @@ def vae() -> AutoencoderDC:
     ).eval()
 
 
-def transformer() -> SanaTransformer2DModel:
+def transformer(out_channels: int = 4) -> SanaTransformer2DModel:
     torch.manual_seed(0)
     return SanaTransformer2DModel(
         in_channels=4,
-        out_channels=4,
+        out_channels=out_channels,
         num_attention_heads=4,
         attention_head_dim=8,
         num_layers=2,
@@ -57,13 +59,13 @@ def transformer() -> SanaTransformer2DModel:
     ).eval()
 
 
-def save(folder: Path) -> None:
+def save(folder: Path, out_channels: int = 4) -> None:
     tokenizer = gemma.tokenizer(_INSTRUCTION)
     SanaPipeline(
         tokenizer=tokenizer,
         text_encoder=gemma.encoder(len(tokenizer)),
         vae=vae(),
-        transformer=transformer(),
+        transformer=transformer(out_channels),
         scheduler=DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
@@ -85,3 +87,5 @@ TINY = Tiny(
     guided={"guidance_scale": 3.0, "use_resolution_binning": False},
     atol=1e-2,  # this scheduler rounds timesteps to whole numbers, but not its noise levels
 )
+
+VARIANTS = {"variance": replace(TINY, save=partial(save, out_channels=8))}

@@ -94,4 +94,5 @@ FAMILY = Family(
     objective=objective,
     denoise=denoise,
     sample=sample,
+    large_encoders=("text_encoder",),
 )

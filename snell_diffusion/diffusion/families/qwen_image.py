@@ -138,4 +138,5 @@ FAMILY = Family(
     objective=objective,
     denoise=denoise,
     sample=sample,
+    large_encoders=("text_encoder",),
 )

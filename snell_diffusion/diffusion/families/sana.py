@@ -102,4 +102,6 @@ FAMILY = Family(
     objective=objective,
     denoise=denoise,
     sample=sample,
+    conv_targets=("conv_inverted", "conv_depth", "conv_point"),
+    large_encoders=("text_encoder",),
 )
