@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from snell_diffusion.diffusion import training
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.families import Conditions, Family, families
+from snell_diffusion.diffusion.feedback import RunFeedback
 from snell_diffusion.diffusion.losses import Objective, squared_error
 from snell_diffusion.diffusion.setup import Model, add_adapters, load_base
 from snell_diffusion.diffusion.timesteps import TimestepSettings
@@ -149,8 +150,15 @@ def trained(base: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tr
     config = settings(base, tmp_path_factory.mktemp("run"))
     with pytest.MonkeyPatch.context() as patch:
         model = keep_model(patch)
-        result = run(config)
+        result = train(config)
         yield Trained(config, result, model())
+
+
+def train(config: TrainConfig) -> RunResult:
+    """`run` without its plots: they take half of a tiny run and have tests of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFeedback, "draw_pictures", lambda feedback: [])
+        return run(config)
 
 
 def keep_model(patch: pytest.MonkeyPatch) -> Any:

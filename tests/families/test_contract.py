@@ -16,13 +16,21 @@ from torch import Tensor
 import snell_diffusion  # noqa: F401  adds load_snella_weights to the pipelines
 from snell_diffusion.diffusion.families import SampleRequest
 from snell_diffusion.diffusion.timesteps import TimestepSettings
-from snell_diffusion.diffusion.training import run
 from snell_diffusion.training.adapter_tensors import (
     adapters_off,
     evaluating,
     trainable_parameters,
 )
-from tests.families.conftest import CPU, Adapted, Case, Trained, conditions, noisy_example, settings
+from tests.families.conftest import (
+    CPU,
+    Adapted,
+    Case,
+    Trained,
+    conditions,
+    noisy_example,
+    settings,
+    train,
+)
 from tests.families.stock import PROMPTS, call, generators, stock_steps
 
 ADAPTER = "pytorch_snella_weights.safetensors"
@@ -144,7 +152,7 @@ def test_two_steps_have_a_finite_loss_and_both_parts(trained: Trained) -> None:
 
 def test_the_prior_may_be_the_answers_of_the_base(base: Case, tmp_path: Path) -> None:
     """Without class images; an adapter that changes nothing yet has no such loss."""
-    result = run(
+    result = train(
         settings(
             base,
             tmp_path,
@@ -190,7 +198,9 @@ def test_resumed_is_bit_identical(trained: Trained, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/step-000002")
     (tmp_path / "run" / ADAPTER).unlink()
-    run(replace(trained.config, output_dir=str(tmp_path / "run"), resume_from_checkpoint="latest"))
+    train(
+        replace(trained.config, output_dir=str(tmp_path / "run"), resume_from_checkpoint="latest")
+    )
     for name in (ADAPTER, "checkpoints/step-000002/optimizer.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
 
