@@ -41,7 +41,11 @@ def model_digest(model: nn.Module) -> str:
 def tokenizer_digest(tokenizer: Any) -> str:
     """SHA-256 over how a tokenizer splits text, hex."""
     inner = getattr(tokenizer, "backend_tokenizer", None)
-    rules = sorted(tokenizer.get_vocab().items()) if inner is None else inner.to_str()
+    if inner is None:
+        rules = sorted(tokenizer.get_vocab().items())
+    else:
+        # Each call leaves its own padding and truncation there.
+        rules = {**json.loads(inner.to_str()), "padding": None, "truncation": None}
     text = f"{type(tokenizer).__name__} {tokenizer.model_max_length} {rules}"
     return hashlib.sha256(text.encode()).hexdigest()
 
