@@ -429,7 +429,8 @@ def _check_row(layer: Layer, place: str, hint: str) -> None:
             f"{place}.shape': expected sizes from 1 to {limits.MAX_FEATURES:,}, got "
             f"{quoted(layer.shape)}; {hint}"
         )
-    if (layer.kind == "linear") != (layer.kernel is None and layer.groups is None):
+    extent = {layer.kernel is None, layer.groups is None}
+    if extent != {layer.kind == "linear"}:
         raise SnellaSchemaError(
             f"{place}.kernel': expected kernel and groups of a conv2d, and of nothing else, got "
             f"{layer.kernel} and {layer.groups} with kind {layer.kind!r}; {hint}"

@@ -186,7 +186,7 @@ def held_out_loss(pipe: StableDiffusionPipeline, settings: TrainConfig) -> float
 def test_card_shows_use_numbers_and_pictures(full: Any) -> None:
     _, result, _ = full
     card = (result.output_dir / "README.md").read_text()
-    assert f'instance_prompt: "{PROMPT}"' in card
+    assert f"instance_prompt: {PROMPT}\n" in card
     assert "pipe.load_snella_weights(" in card
     assert f"{result.sizes.trainable:,} in {result.sizes.layers} layers" in card
     assert f"{result.validation_loss_before:.4f} -> {result.validation_loss_after:.4f}" in card
