@@ -11,6 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from snell_diffusion.diffusion.families import SampleRequest
+from snell_diffusion.diffusion.packing import unpack
 from snell_diffusion.diffusion.setup import add_adapters, load_base
 from snell_diffusion.diffusion.timesteps import TimestepSettings
 from snell_diffusion.errors import SnellaConfigError
@@ -154,6 +155,21 @@ def test_no_guidance_is_that_of_the_stock_pipeline(case_of: CaseOf, name: str) -
 
 
 # -- further outputs, further inputs --------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MASKED)
+def test_pictures_need_not_be_square(case_of: CaseOf, name: str) -> None:
+    case = case_of(name)
+    pipe, stock, side = load(case), case.stock(), case.tiny.side
+    (expected, t, noisy), _ = stock_steps(case, stock, 2, height=2 * side)
+    if noisy.dim() == 3:
+        short = side // stock.vae_scale_factor
+        noisy, expected = (unpack(tokens, 2 * short, short) for tokens in (noisy, expected))
+    asked = conditions(case, pipe, PROMPTS)
+    asked["geometry"] = torch.tensor([[2.0 * side, side, 0, 0, 2 * side, side]]).expand(2, -1)
+    ours = case.family.denoise(pipe.transformer, noisy, t.expand(2), asked)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
