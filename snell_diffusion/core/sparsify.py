@@ -42,7 +42,7 @@ def sparsity_for(size: int, keep: int) -> float:
     return (size - keep) / size
 
 
-def threshold(w: Tensor, sparsity: float) -> Tensor:
+def threshold(w: Tensor, sparsity: float | Tensor) -> Tensor:
     """Magnitude below or at which an entry is dropped: the quantile of |w| at level `sparsity`.
 
     Two neighbouring order statistics are selected (no full sort) and interpolated. Works for any
@@ -50,15 +50,28 @@ def threshold(w: Tensor, sparsity: float) -> Tensor:
 
     Args:
         w: Update of any shape and float dtype, at least one entry.
-        sparsity: Level, 0 to 1.
+        sparsity: Level, 0 to 1. As a 0-d tensor it is sorted for, and compiled code takes it as an
+            input: another level is then no reason to compile again.
 
     Returns:
         0-d tensor in the precision of w (at least float32), detached.
     """
+    if isinstance(sparsity, Tensor):
+        return _threshold_at(full(w.detach()).abs().flatten(), sparsity)
     position = _position(w.numel(), sparsity)
     rank = math.floor(position)
     low, high = _order_statistics(full(w.detach()).abs().flatten(), rank)
     return torch.lerp(low, high, position - rank)
+
+
+def _threshold_at(a: Tensor, level: Tensor) -> Tensor:
+    """`threshold` of magnitudes [N] at a level that only the device knows."""
+    ordered = a.sort().values
+    position = level.double() * (len(a) - 1)
+    rank = position.long()
+    places = torch.stack([rank, (rank + 1).clamp_max(len(a) - 1)])
+    low, high = ordered.gather(0, places)
+    return torch.lerp(low, high, (position - rank).to(ordered.dtype))
 
 
 class FirstThreshold:
@@ -67,7 +80,7 @@ class FirstThreshold:
     Pass it to `sparsify` or `update`; `value` is the 0-d tensor, None before the first use.
     """
 
-    def __init__(self, sparsity: float) -> None:
+    def __init__(self, sparsity: float | Tensor) -> None:
         self.sparsity = sparsity
         self.value: Tensor | None = None
 

@@ -28,7 +28,7 @@ _CARD = """---
 {metadata}---
 # {prompt}
 
-A {name} adapter for `{base}`, trained on {photos} with `{prompt}`.{words}
+A {name} adapter for `{base}`, trained on {photos} with {prompts}.{words}
 
 ```python
 {usage}
@@ -86,6 +86,7 @@ def write_card(
         base=_base_name(config),
         name=_METHODS[config.method],
         prompt=prompt,
+        prompts=" and ".join(f"`{concept.instance_prompt}`" for concept in config.subjects),
         quoted=repr(prompt),
         photos=f"{photos} photo{'s' if photos > 1 else ''}",
         words=_words(config),

@@ -149,6 +149,7 @@ class Latents:
         return {"mean": mean[0], "std": std[0]}
 
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        self._model.phases.enter("latents")
         return self._model.family.encode_images(self._model.pipe, to_unit(pixels))
 
     def _weights(self, mask: Tensor, latents: Tensor) -> Tensor:

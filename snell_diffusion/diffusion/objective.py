@@ -33,6 +33,7 @@ class StepLoss:
         self._errors: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
+        self._model.phases.enter("train")
         batch = self._batches(step, micro)
         errors = torch.cat([self._errors_of(part) for part in batch.parts])
         if micro == 0:

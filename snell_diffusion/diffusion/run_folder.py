@@ -43,6 +43,7 @@ FREE = frozenset(Feedback.__dataclass_fields__) - {"num_validation_photos"} - _J
     "dataloader_num_workers",
     "dry_run",
     "instance_data_dir",
+    "offload_encoders",
     "output_dir",
     "overwrite",
     "push_to_hub",

@@ -1,7 +1,7 @@
 """Sample pictures from the modules that are being trained; there is no second pipeline."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -14,33 +14,13 @@ from snell_diffusion.errors import shown
 from snell_diffusion.training.errors import NonFiniteError
 from snell_diffusion.training.randomness import generator
 
+T = TypeVar("T")
+
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:
     """Pixels [B, 3, H, W] in [0, 1] -> RGB pictures."""
     bytes_bhwc = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(array) for array in bytes_bhwc]
-
-
-def rest(model: Model) -> None:
-    """Move the frozen encoders off the GPU; `Sampler` brings them back while it draws."""
-    if model.device.type != "cpu":
-        for part in model.frozen_encoders():
-            part.to("cpu")
-
-
-@contextmanager
-def _awake(model: Model) -> Iterator[None]:
-    """The frozen encoders on the denoiser's device inside this context, then where they were."""
-    places = [(part, next(part.parameters()).device) for part in model.frozen_encoders()]
-    for part, place in places:
-        if place != model.device:
-            part.to(model.device)
-    try:
-        yield
-    finally:
-        for part, place in places:
-            if place != model.device:
-                part.to(place)
 
 
 class Sampler:
@@ -68,6 +48,7 @@ class Sampler:
         self._model = model
         self._size, self._steps, self._guidance = size, steps, guidance
         self._seed, self._batch = seed, batch
+        self._kept: dict[tuple[str, ...], Conditions] = {}
 
     @torch.no_grad()
     def draw(
@@ -78,32 +59,52 @@ class Sampler:
         Raises:
             NonFiniteError: A picture holds NaN or infinite values, which would be shown as black.
         """
+        family, pipe, phases = self._model.family, self._model.pipe, self._model.phases
+        calls = list(zip(self._calls(prompts), self._calls(indices), strict=True))
+        requests = [self._request(some, purpose, numbers) for some, numbers in calls]
+        phases.enter("sample")
+        latents = [family.sample(pipe, request) for request in requests]
+        phases.enter("decode")
         pictures: list[Image.Image] = []
-        with _awake(self._model):
-            for start in range(0, len(prompts), self._batch):
-                some = slice(start, start + self._batch)
-                pictures += self._call(prompts[some], purpose, indices[some])
+        for (some, _), found in zip(calls, latents, strict=True):
+            pixels = family.decode_latents(pipe, found)
+            _require_finite(found, pixels, some)
+            pictures += to_pictures(pixels)
         return pictures
 
-    def _call(
+    @torch.no_grad()
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Encode prompts that `draw` will be asked for, in this order, while there are encoders.
+
+        Call it under the precision that pictures are drawn in.
+        """
+        for some in self._calls(prompts):
+            self._encoded(tuple(some))
+
+    def _calls(self, values: Sequence[T]) -> list[Sequence[T]]:
+        return [values[i : i + self._batch] for i in range(0, len(values), self._batch)]
+
+    def _request(
         self, prompts: Sequence[str], purpose: str, indices: Sequence[int]
-    ) -> list[Image.Image]:
-        # One encoder call: the rows of the prompts, then the empty prompt's.
-        family, pipe = self._model.family, self._model.pipe
-        encoded = self._model.encode_text([*prompts, ""])
-        conditions: Conditions = {name: rows[:-1] for name, rows in encoded.items()}
-        request = SampleRequest(
-            conditions=conditions,
+    ) -> SampleRequest:
+        encoded = self._encoded(tuple(prompts))
+        return SampleRequest(
+            conditions={name: rows[:-1] for name, rows in encoded.items()},
             unconditional={name: rows[-1:] for name, rows in encoded.items()},
             generators=[generator(self._seed, purpose, index) for index in indices],
             size=self._size,
             steps=self._steps,
             guidance=self._guidance,
         )
-        latents = family.sample(pipe, request)
-        pixels = family.decode_latents(pipe, latents)
-        _require_finite(latents, pixels, prompts)
-        return to_pictures(pixels)
+
+    def _encoded(self, prompts: tuple[str, ...]) -> Conditions:
+        """One encoder call: the rows of the prompts, then the empty prompt's."""
+        if prompts in self._kept:
+            return self._kept[prompts]
+        encoded = self._model.encode_text([*prompts, ""])
+        if self._model.text_is_frozen:
+            self._kept[prompts] = encoded
+        return encoded
 
 
 def _require_finite(latents: Tensor, pixels: Tensor, prompts: Sequence[str]) -> None:

@@ -11,10 +11,13 @@ from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import nn
 
 from snell_diffusion.adapters.identity import config_hash
+from snell_diffusion.diffusion.compiling import compile_denoiser
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.families import Conditions, Family, family_of
 from snell_diffusion.diffusion.losses import Objective
 from snell_diffusion.diffusion.new_tokens import add_words, new_words
+from snell_diffusion.diffusion.phases import Phases, place
+from snell_diffusion.diffusion.quantization import entries, loading_options, plain_values
 from snell_diffusion.diffusion.timesteps import TimestepSettings
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.models import SHIPPED_BASES, embedded_path
@@ -69,18 +72,22 @@ def load_base(config: TrainConfig) -> tuple[Family, Any]:
 
     Raises:
         SnellaBaseError: No such base, or no family covers it.
-        SnellaConfigError: It cannot be trained at this resolution; found before any weight loads.
+        SnellaConfigError: It cannot be trained at this resolution, or not be quantized here; found
+            before any weight loads.
     """
     source = base_path(config)
     family = family_of(source, config.revision)
     _require_size(config, family)
-    options = {"revision": config.revision, "variant": config.variant}
     precisions = _precisions(config, family)
+    quantized = loading_options(
+        config.base_quantization, family.denoiser, precisions[family.denoiser]
+    )
+    options = {"revision": config.revision, "variant": config.variant}
     given = {name: value for name, value in options.items() if value is not None}
-    pipe = family.load(source, dtype=precisions, **given)
+    pipe = family.load(source, dtype=precisions, **given, **quantized)
     for name, model in _models(pipe).items():
         wanted = precisions.get(name, precisions["default"])
-        if model.dtype != wanted:
+        if model.dtype != wanted and not (quantized and name == family.denoiser):
             model.to(wanted)
         model.requires_grad_(False).eval()
     return family, pipe
@@ -125,7 +132,8 @@ def base_digest(family: Family, pipe: Any) -> str:
         found.update(f"{name} {config_hash(models[name])}".encode())
         for path, weight in models[name].named_parameters():
             found.update(f"{path} {tuple(weight.shape)}".encode())
-            some = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
+            values = plain_values(weight)
+            some = values[:: max(1, len(values) // 64)]
             found.update(some.float().cpu().numpy().tobytes())
     return found.hexdigest()
 
@@ -202,6 +210,7 @@ class Model:
         device: Where the denoiser is.
         base: Digest of the base before it was adapted.
         sizes: Layers and parameters, counted while every process had all of them.
+        phases: Which models are on the device; work says here which phase it belongs to.
         words: New words that prompts may use.
     """
 
@@ -212,25 +221,28 @@ class Model:
     device: torch.device
     base: str
     sizes: "Sizes"
+    phases: Phases
     words: tuple[Word, ...] = ()
 
     def encode_text(self, prompts: Sequence[str]) -> Conditions:
         """`Family.encode_text` of prompts that may have new words of several vectors."""
+        self.phases.enter("text")
         return self.family.encode_text(self.pipe, [spelled(p, self.words) for p in prompts])
 
     @property
     def denoiser(self) -> nn.Module:
         return next(iter(self.components.values()))
 
-    def frozen_encoders(self) -> list[nn.Module]:
-        """VAE and frozen text encoders: what caches make idle during training."""
-        return [part for name, part in _models(self.pipe).items() if name not in self.components]
+    @property
+    def text_is_frozen(self) -> bool:
+        """Whether a prompt has the same embedding all through the run."""
+        return len(self.components) == 1
 
 
 def build_model(
     config: TrainConfig, device: torch.device, parallel: Parallel | None = None
 ) -> Model:
-    """Load the base, add the adapters of the config, move all of it to `device`.
+    """Load the base, add the adapters of the config, bring to `device` what stays there.
 
     Args:
         config: Base and method.
@@ -245,18 +257,23 @@ def build_model(
     base = base_digest(family, pipe)
     components = add_adapters(config, family, pipe)
     counted = sizes(components)
-    for name, part in _models(pipe).items():
-        if parallel is None or name not in components:
-            part.to(device)
-    if parallel is not None:
-        parallel.place(components)
+    phases = place(config, _models(pipe), components, device, parallel)
     for model in components.values():
         model.train()
         if config.gradient_checkpointing:
             next(getattr(model, way) for way in _CHECKPOINTING if hasattr(model, way))()
+    compile_denoiser(
+        components[family.denoiser], config.torch_compile, config.torch_compile_backend
+    )
     objective = family.objective(pipe, device, timestep_settings(config))
     words = tuple(new_words(config))
-    return Model(family, pipe, components, objective, device, base, counted, words)
+    return Model(family, pipe, components, objective, device, base, counted, phases, words)
+
+
+def absent_parts(pipe: Any) -> tuple[str, ...]:
+    """Components that this base lacks, although diffusers does not call them optional."""
+    absent = (name for name, part in pipe.components.items() if part is None)
+    return tuple(name for name in absent if name not in pipe._optional_components)
 
 
 def size_notes(config: TrainConfig, model: Model) -> list[str]:
@@ -343,5 +360,5 @@ def sizes(components: Components) -> Sizes:
     layers = [layer for _, layer in tuner_layers(components) if not isinstance(layer, TokenLayer)]
     everything = sum(p.numel() for m in components.values() for p in m.parameters())
     count = sum(p.numel() for p in trainable.values())
-    adapted = sum(layer.get_base_layer().weight.numel() for layer in layers)
+    adapted = sum(entries(layer.get_base_layer()) for layer in layers)
     return Sizes(len(layers), count, adapted, everything - count)

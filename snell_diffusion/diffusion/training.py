@@ -31,8 +31,8 @@ from snell_diffusion.diffusion.optimization import build_state, loop_settings, s
 from snell_diffusion.diffusion.prior import ClassImages, class_images, complete_images
 from snell_diffusion.diffusion.results import RunResult, save_result
 from snell_diffusion.diffusion.run_folder import RunFolder, identity, require_same
-from snell_diffusion.diffusion.sampling import Sampler, rest
-from snell_diffusion.diffusion.setup import base_path, build_model
+from snell_diffusion.diffusion.sampling import Sampler
+from snell_diffusion.diffusion.setup import absent_parts, base_path, build_model, size_notes
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.adapter_tensors import (
     adapters_off,
@@ -135,6 +135,7 @@ class Trainer:
         checkpoint = self._find_checkpoint()
         self._model = build_model(config, parallel.device, parallel)
         self._notes += photos.summary(config, shapes(config, self._model.family.multiple))
+        self._notes += size_notes(config, self._model)
         self._state = build_state(config, self._model.components, parallel)
         self._identity = identity(config, photos.digest(), self._model.base, parallel.world)
         if checkpoint is not None:
@@ -160,7 +161,8 @@ class Trainer:
         config, pictures = self._config, self._feedback.draw_pictures()
         online = self._repository is not None
         licence = base_licence(base_path(config), config.revision, online)
-        facts = Facts(type(self._model.pipe).__name__, licence, self._repository)
+        pipe = self._model.pipe
+        facts = Facts(type(pipe).__name__, licence, self._repository, absent_parts(pipe))
         card = write_card(config, result, pictures, facts)
         assert result.adapter_path is not None
         folder = result.output_dir
@@ -260,8 +262,7 @@ class Trainer:
         drift = build_probe(config, model, classes, self._parallel, cache)
         if cache.used:
             self._tracker.note(cache.summary())
-        if config.cache_latents:
-            rest(model)
+        self._free_encoders()
         self._feedback = RunFeedback(
             config,
             self._folder.path,
@@ -274,6 +275,17 @@ class Trainer:
         )
         if self._state.step == 0:
             self._feedback.after(0)
+
+    def _free_encoders(self) -> None:
+        """Encode the prompts of sample pictures now; nothing else needs frozen encoders later."""
+        config, model = self._config, self._model
+        if not model.text_is_frozen:
+            return
+        with evaluating(model.components), self._parallel.accelerator.autocast():
+            self._sampler.prepare(config.prompts * config.num_validation_images)
+        freed = model.phases.free("text", *(() if config.prompts else ("latents", "decode")))
+        if freed:
+            self._tracker.note(f"freed for the rest of the run: {', '.join(freed)}")
 
     def _class_images(self) -> list[Photo]:
         images = class_images(self._config, self._folder)
@@ -321,6 +333,7 @@ class Trainer:
     def _train(self) -> None:
         self._require_not_stopped()
         self._last = time.monotonic()
+        self._model.phases.enter("train")
         try:
             stopped = train(
                 self._state,
@@ -354,6 +367,7 @@ class Trainer:
         last = step == self._config.max_train_steps or self._state.exhausted
         if (every and step % every == 0) or last:
             self._save_checkpoint()
+        self._model.phases.enter("train")
         self._last = time.monotonic()
 
     def _save_checkpoint(self) -> Path:

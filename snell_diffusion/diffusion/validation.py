@@ -77,6 +77,7 @@ class Probe:
         ]
 
     def _predictions(self) -> list[Tensor]:
+        self._model.phases.enter("train")
         with evaluating(self._model.components):
             return [self._predicted(rows) for rows in self._rows]
 

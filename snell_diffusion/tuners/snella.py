@@ -133,8 +133,11 @@ class SnellaLayer(DeltaLayer):
             self.snella_signs[adapter],
             self._level(adapter),
         )
+        # A number would be a constant of compiled code, which every new level would invalidate.
+        compiling = torch.compiler.is_compiling()
+        wanted = self.snella_sparsity[adapter] if compiling else level.value
         # One closure serves a forward pass and its recompute: the second finds the threshold.
-        limit = self.snella_threshold[adapter] if level.stored else FirstThreshold(level.value)
+        limit = self.snella_threshold[adapter] if level.stored else FirstThreshold(wanted)
 
         def fn(
             A: Tensor,
@@ -145,7 +148,7 @@ class SnellaLayer(DeltaLayer):
         ) -> Tensor:
             return update(
                 *(A, B, signs, alpha, gamma, beta),
-                sparsity=level.value,
+                sparsity=0.0 if compiling else level.value,  # `limit` says it
                 kernel=config.kernel,
                 p=config.p,
                 rule=config.sparsify,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from snell_diffusion.diffusion.sampling import Sampler, rest
+from snell_diffusion.diffusion.sampling import Sampler
 from snell_diffusion.diffusion.setup import Model, build_model
 from snell_diffusion.training.errors import NonFiniteError
 from tests.diffusion.training_runs import SIDE, config
@@ -56,12 +56,6 @@ def test_it_is_the_stock_pipeline_s_picture(model: Model) -> None:
         width=SIDE,
     ).images[0]
     np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs))
-
-
-def test_modules_stay_where_they_are_on_the_cpu(model: Model) -> None:
-    rest(model)
-    assert {p.device.type for m in model.frozen_encoders() for p in m.parameters()} == {"cpu"}
-    assert len(model.frozen_encoders()) == 2
 
 
 @pytest.mark.parametrize("part, value", [("denoiser", torch.nan), ("VAE", torch.inf)])
