@@ -5,6 +5,7 @@ A new family is tested here from the day its file appears; it needs a `tiny_<nam
 
 import math
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import snell_diffusion  # noqa: F401  adds load_snella_weights to the pipelines
 from snell_diffusion.diffusion.families import SampleRequest
+from snell_diffusion.diffusion.setup import load_base
 from snell_diffusion.diffusion.timesteps import TimestepSettings
 from snell_diffusion.training.adapter_tensors import (
     adapters_off,
@@ -33,6 +35,7 @@ from tests.families.conftest import (
 )
 from tests.families.stock import PROMPTS, call, generators, stock_steps
 
+PLAIN = TimestepSettings()
 ADAPTER = "pytorch_snella_weights.safetensors"
 
 
@@ -75,7 +78,7 @@ def test_denoise_is_a_step_of_the_stock_pipeline(case: Case, pipe: Any) -> None:
 def test_targets_lead_the_stock_scheduler_to_the_data(case: Case, pipe: Any) -> None:
     """Given our targets as predictions, the stock scheduler walks along our noisy latents."""
     stock = case.stock()
-    objective = case.family.objective(stock, CPU, TimestepSettings())
+    objective = case.family.objective(stock, CPU, PLAIN)
     step, state = stock.scheduler.step, {}
 
     def walk(output: Tensor, t: Tensor, sample: Tensor, *more: Any, **named: Any) -> Any:
@@ -96,10 +99,10 @@ def test_targets_lead_the_stock_scheduler_to_the_data(case: Case, pipe: Any) -> 
     torch.testing.assert_close(state["next"], state["data"], rtol=0, atol=case.tiny.atol)
 
 
-@torch.no_grad()
-def test_samples_are_those_of_the_stock_pipeline(case: Case, pipe: Any) -> None:
+def request(case: Case, pipe: Any) -> SampleRequest:
+    """Pictures of PROMPTS at guidance 3."""
     encoded = case.family.encode_text(pipe, [*PROMPTS, ""])
-    request = SampleRequest(
+    return SampleRequest(
         conditions={name: rows[:-1] for name, rows in encoded.items()},
         unconditional={name: rows[-1:] for name, rows in encoded.items()},
         generators=generators(),
@@ -107,7 +110,11 @@ def test_samples_are_those_of_the_stock_pipeline(case: Case, pipe: Any) -> None:
         steps=2,
         guidance=3.0,
     )
-    ours = case.family.decode_latents(pipe, case.family.sample(pipe, request))
+
+
+@torch.no_grad()
+def test_samples_are_those_of_the_stock_pipeline(case: Case, pipe: Any) -> None:
+    ours = case.family.decode_latents(pipe, case.family.sample(pipe, request(case, pipe)))
     stock = call(case, case.stock(), steps=2, output_type="pt", **case.tiny.guided).images
     torch.testing.assert_close(ours, stock.float(), rtol=0, atol=1e-3)
 
@@ -134,6 +141,43 @@ def test_the_record_fits_the_pipeline(case: Case, pipe: Any) -> None:
     assert {family.denoiser, *family.text_encoders, *family.tokenizers} <= known
     assert case.tiny.side % family.multiple == 0
     assert family.native_size(pipe) >= case.tiny.side
+
+
+def test_nothing_leaves_the_denoisers_device(case: Case, pipe: Any) -> None:
+    """With all inputs on another device, so is every tensor that `denoise` makes itself."""
+    if case.tiny.reads_values:
+        pytest.skip("its denoiser reads the values of masks, which meta tensors do not have")
+    latents, _, timesteps = noisy_example(case, pipe, case.family.objective(pipe, CPU, PLAIN))
+    with torch.no_grad():
+        asked = conditions(case, pipe, PROMPTS)
+    away = {name: rows.to("meta") for name, rows in asked.items()}
+    denoiser = deepcopy(getattr(pipe, case.family.denoiser)).to("meta")
+    answer = case.family.denoise(denoiser, latents.to("meta"), timesteps.to("meta"), away)
+    assert answer.shape == latents.shape
+    assert answer.device.type == "meta"
+
+
+@torch.no_grad()
+def test_16_bits(base: Case, tmp_path: Path) -> None:
+    """Large encoders follow the denoiser, the VAE does not; answers stay close, samples finite."""
+    config = settings(base, tmp_path, mixed_precision="bf16")
+    family, half = load_base(config)
+    for name, part in half.components.items():
+        if isinstance(part, torch.nn.Module):
+            small = name in (family.denoiser, *family.large_encoders)
+            assert part.dtype == (torch.bfloat16 if small else torch.float32), name
+    full = family.load(str(base.folder))
+    latents, _, timesteps = noisy_example(base, full, family.objective(full, CPU, PLAIN))
+    exact, close = (
+        family.denoise(
+            getattr(p, family.denoiser), latents, timesteps, conditions(base, p, PROMPTS)
+        )
+        for p in (full, half)
+    )
+    assert (close.float() - exact).norm() < 0.05 * exact.norm()
+    with torch.autocast("cpu", torch.bfloat16):
+        latents = family.sample(half, request(base, half))
+    assert torch.isfinite(family.decode_latents(half, latents)).all()
 
 
 # -- it trains ------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ class Tiny:
         idle: Parts of names of adapters that no gradient reaches, because the stock pipeline does
             not use what their layer gives.
         film: Whether its VAE takes films, of which a picture is one frame.
+        reads_values: Whether its denoiser's way depends on the values of masks.
         atol: How exactly the stock scheduler follows the straight or curved path to the data.
     """
 
@@ -55,6 +56,7 @@ class Tiny:
     idle: tuple[str, ...] = ()
     atol: float = 1e-4
     film: bool = False
+    reads_values: bool = False
 
 
 def tiny(name: str) -> Tiny:

@@ -70,4 +70,5 @@ TINY = Tiny(
     stock_text=stock_text,
     side=64,
     idle=("text_encoder.layers.2.",),  # the pipeline takes the last layer's input
+    reads_values=True,
 )

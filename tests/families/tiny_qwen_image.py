@@ -110,4 +110,5 @@ TINY = Tiny(
     film=True,
     # Nothing follows on the text of the last block.
     idle=("transformer_blocks.1.attn.add_q_proj", "transformer_blocks.1.attn.to_add_out"),
+    reads_values=True,
 )

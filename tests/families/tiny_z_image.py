@@ -53,4 +53,5 @@ TINY = Tiny(
     stock_text=stock_text,
     plain={"guidance_scale": 0.0},
     idle=("text_encoder.layers.2.",),  # the pipeline takes the last layer's input
+    reads_values=True,
 )
