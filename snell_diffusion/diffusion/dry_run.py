@@ -1,10 +1,13 @@
-"""Check everything a run needs with one real step, and write nothing."""
+"""Check everything a run needs with a few real steps and one picture, and write nothing."""
 
 import dataclasses
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
+
+from torch import Tensor
 
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.framing import shapes
@@ -12,11 +15,26 @@ from snell_diffusion.diffusion.inputs import Photos
 from snell_diffusion.diffusion.objective import build_loss
 from snell_diffusion.diffusion.optimization import build_state, loop_settings
 from snell_diffusion.diffusion.results import RunResult
-from snell_diffusion.diffusion.setup import build_model, size_notes
-from snell_diffusion.training.loop import train
+from snell_diffusion.diffusion.sampling import Sampler
+from snell_diffusion.diffusion.setup import Model, build_model, size_notes
+from snell_diffusion.training.adapter_tensors import evaluating
+from snell_diffusion.training.loop import LossAt, TrainState, train
 from snell_diffusion.training.parallel import Parallel
+from snell_diffusion.training.peaks import PeakMeter
 from snell_diffusion.training.signals import StopRequest
 from snell_diffusion.training.tracking import Event, Tracker, peak_memory
+
+# The first steps of a process are slow: kernels are chosen, or compiled.
+_STEPS = 3
+_WORK = {
+    "load": "loading the base",
+    "text": "encoding prompts",
+    "latents": "encoding photos",
+    "train": "a training step",
+    "sample": "denoising a picture",
+    "decode": "decoding a picture",
+    "checkpoint": "a checkpoint",
+}
 
 
 def dry_run(
@@ -26,22 +44,28 @@ def dry_run(
     stop: StopRequest,
     on_event: Callable[[Event], None] | None,
 ) -> RunResult:
-    """Load all, do one step, tell sizes and memory.
+    """Load all, do a few steps, draw a picture where the run will, tell sizes, time and memory.
 
     Missing class images are not generated; photos of the subject stand in for them.
     """
     began = time.monotonic()
     tracker = Tracker(None, 1, on_event, main=parallel.main)
+    meter = PeakMeter(parallel.device)
+    meter("load")
     model = build_model(config, parallel.device, parallel)
     state = build_state(config, model.components, parallel)
-    prior = photos.stand_ins(config)
+    model.phases.listen(meter)
     with ExitStack() as closing:
+        prior = photos.stand_ins(config)
         loss_at = build_loss(config, model, photos.instance, prior, parallel, closing)
-        step_began = time.monotonic()
-        settings = dataclasses.replace(loop_settings(config), steps=1)
-        train(state, loss_at, settings, parallel, lambda numbers: None, stop)
-    seconds, memory = time.monotonic() - step_began, peak_memory(model.device)
-    size = model.sizes
+        seconds = _time_of_a_step(config, state, loss_at, parallel, stop)
+    if config.prompts or config.uses_class_images:
+        _draw(config, model, parallel)
+    meter("checkpoint")
+    saved = _size_of_a_checkpoint(state)
+    meter.close()
+    size, memory = model.sizes, peak_memory(model.device)
+    total = timedelta(seconds=round(seconds * config.max_train_steps))
     lines = [
         f"base: {config.pretrained_model_name_or_path} ({model.family.name}), {size.base:,} "
         f"parameters",
@@ -49,11 +73,47 @@ def dry_run(
         f"layers ({size.adapted:,} weights)",
         *photos.summary(config, shapes(config, model.family.multiple)),
         *size_notes(config, model),
-        f"one step: {seconds:.2f} s, peak memory {memory / 2**30:.2f} GiB",
+        f"one step: {seconds:.2f} s; {config.max_train_steps} steps take about {total}, without "
+        f"pictures and class images",
+        f"one checkpoint: {saved / 2**20:.1f} MiB on disk",
+        f"peak memory by phase ({'GPU' if model.device.type == 'cuda' else 'resident'}):",
+        *(f"  {_WORK[phase]}: {peak / 2**30:.2f} GiB" for phase, peak in meter.peaks.items()),
         "dry run: all checks passed, nothing was written",
     ]
     for line in lines:
         tracker.note(line)
+    tracker.event("peaks", **meter.peaks)
     elapsed = time.monotonic() - began
     path = Path(config.output_dir)
     return RunResult(path, None, None, None, tracker.history, elapsed, memory, size)
+
+
+def _time_of_a_step(
+    config: TrainConfig, state: TrainState, loss_at: LossAt, parallel: Parallel, stop: StopRequest
+) -> float:
+    """Seconds of the last of the steps done."""
+    ends = [time.monotonic()]
+    settings = loop_settings(config)
+    settings = dataclasses.replace(settings, steps=min(_STEPS, settings.steps))
+    train(state, loss_at, settings, parallel, lambda numbers: ends.append(time.monotonic()), stop)
+    return ends[-1] - ends[-2]
+
+
+def _draw(config: TrainConfig, model: Model, parallel: Parallel) -> None:
+    """One picture in two steps, which take the memory of many."""
+    sampler = Sampler(
+        model,
+        size=config.resolution,
+        steps=min(2, config.num_inference_steps),
+        guidance=config.guidance_scale,
+        seed=config.seed,
+    )
+    prompt = [*config.prompts, config.subjects[0].class_prompt or ""][0]
+    with evaluating(model.components), parallel.accelerator.autocast():
+        sampler.draw([prompt], "sample", [0])
+
+
+def _size_of_a_checkpoint(state: TrainState) -> int:
+    tensors, _ = state.pack()
+    parts: list[Tensor] = [part for group in tensors.values() for part in group.values()]
+    return sum(part.numel() * part.element_size() for part in parts)
