@@ -102,10 +102,11 @@ def settings(case: Case, folder: Path, **changes: Any) -> TrainConfig:
     return training_runs.config(case.folder, folder, **{**values, **changes})
 
 
-def conditions(case: Case, pipe: Any, prompts: list[str]) -> Conditions:
-    """What the denoiser is given for whole pictures with these prompts."""
-    side = case.tiny.side
-    geometry = torch.tensor([side, side, 0.0, 0.0, side, side]).expand(len(prompts), -1)
+def conditions(case: Case, pipe: Any, prompts: list[str], height: int | None = None) -> Conditions:
+    """What the denoiser is given for whole pictures with these prompts, square or of `height`."""
+    width = case.tiny.side
+    size = height or width, width
+    geometry = torch.tensor([*size, 0, 0, *size]).float().expand(len(prompts), -1)
     return {**case.family.encode_text(pipe, prompts), "geometry": geometry}
 
 

@@ -63,12 +63,15 @@ def test_rows_of_prompts_do_not_depend_on_each_other(case: Case, pipe: Any) -> N
 
 @torch.no_grad()
 def test_denoise_is_a_step_of_the_stock_pipeline(case: Case, pipe: Any) -> None:
-    """Same sign, scale, timestep, packing and conditions as what the stock scheduler is given."""
-    stock = case.stock()
-    seen = stock_steps(case, stock, 2)
-    asked = conditions(case, pipe, PROMPTS)
+    """Same sign, scale, timestep, packing and conditions as what the stock scheduler is given.
+
+    For tall pictures, so that rows taken for columns would show.
+    """
+    stock, height = case.stock(), 2 * case.tiny.side
+    seen = stock_steps(case, stock, 2, height=height)
+    asked = conditions(case, pipe, PROMPTS, height)
     for output, t, sample in seen:
-        noisy, expected = (case.tiny.unpack(stock, packed) for packed in (sample, output))
+        noisy, expected = (case.tiny.unpack(stock, x, height) for x in (sample, output))
         timesteps = torch.as_tensor(t).expand(len(noisy))
         ours = case.family.denoise(getattr(pipe, case.family.denoiser), noisy, timesteps, asked)
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)

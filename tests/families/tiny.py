@@ -16,7 +16,7 @@ from torch import Tensor
 from snell_diffusion.diffusion.families import Conditions
 
 
-def as_they_are(pipe: Any, latents: Tensor) -> Tensor:
+def as_they_are(pipe: Any, latents: Tensor, height: int) -> Tensor:
     """Latents of pipelines that do not pack."""
     return latents
 
@@ -35,8 +35,8 @@ class Tiny:
         plain: Arguments of a stock call without classifier-free guidance, under which the denoiser
             is asked exactly as in training.
         guided: Arguments of a stock call at guidance 3, as `sample` makes it for `guidance=3`.
-        unpack: (pipeline, latents between two steps of the stock pipeline) -> [B, C, h, w] as the
-            family's `denoise` takes them.
+        unpack: (pipeline, latents between two steps of the stock pipeline, height in pixels) ->
+            [B, C, h, w] as the family's `denoise` takes them; the width is `side`.
         trains_text: Whether the contract tests train the text encoders too.
         idle: Parts of names of adapters that no gradient reaches, because the stock pipeline does
             not use what their layer gives.
@@ -51,7 +51,7 @@ class Tiny:
     side: int = 16
     plain: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
     guided: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 3.0})
-    unpack: Callable[[Any, Tensor], Tensor] = as_they_are
+    unpack: Callable[[Any, Tensor, int], Tensor] = as_they_are
     trains_text: bool = True
     idle: tuple[str, ...] = ()
     atol: float = 1e-4

@@ -54,8 +54,8 @@ def stock_text(pipe: Any, prompts: list[str]) -> Conditions:
     return {"text": text, "pooled": pooled}
 
 
-def unpack(pipe: Any, latents: Tensor) -> Tensor:
-    return FluxPipeline._unpack_latents(latents, SIDE, SIDE, pipe.vae_scale_factor)
+def unpack(pipe: Any, latents: Tensor, height: int) -> Tensor:
+    return FluxPipeline._unpack_latents(latents, height, SIDE, pipe.vae_scale_factor)
 
 
 TINY = Tiny(

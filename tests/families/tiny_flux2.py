@@ -71,9 +71,9 @@ def stock_text(pipe: Any, prompts: list[str]) -> Conditions:
     return {"text": pipe.encode_prompt(prompts)[0]}
 
 
-def unpack(pipe: Any, latents: Tensor) -> Tensor:
-    side = SIDE // pipe.vae_scale_factor // 2
-    return latents.transpose(1, 2).reshape(len(latents), -1, side, side)
+def unpack(pipe: Any, latents: Tensor, height: int) -> Tensor:
+    rows, columns = (side // pipe.vae_scale_factor // 2 for side in (height, SIDE))
+    return latents.transpose(1, 2).reshape(len(latents), -1, rows, columns)
 
 
 TINY = Tiny(

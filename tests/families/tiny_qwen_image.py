@@ -96,9 +96,8 @@ def stock_text(pipe: Any, prompts: list[str]) -> Conditions:
     return {"text": pad(text, (0, 0, 0, behind)), "mask": pad(mask.bool(), (0, behind))}
 
 
-def unpack(pipe: Any, tokens: Tensor) -> Tensor:
-    side = TINY.side
-    return pipe._unpack_latents(tokens, side, side, pipe.vae_scale_factor).squeeze(2)
+def unpack(pipe: Any, tokens: Tensor, height: int) -> Tensor:
+    return pipe._unpack_latents(tokens, height, TINY.side, pipe.vae_scale_factor).squeeze(2)
 
 
 TINY = Tiny(
