@@ -56,11 +56,13 @@ def add_words(config: TrainConfig, family: Family, pipe: Any, adapter: str) -> d
         The text encoders that have them, by name; none without new words.
 
     Raises:
-        SnellaConfigError: A word is known already, or there is no place for new ones.
+        SnellaConfigError: A word is known already, its pipeline would not see it, or there is no
+            place for new ones.
     """
     words = new_words(config)
     if not words:
         return {}
+    _require_case(family, words)
     names = zip(family.text_encoders, family.tokenizers, strict=True)
     places = {
         name: (getattr(pipe, name), getattr(pipe, tokenizer))
@@ -80,6 +82,15 @@ def add_words(config: TrainConfig, family: Family, pipe: Any, adapter: str) -> d
     except SnellaError as error:
         raise SnellaConfigError(str(error)) from error
     return {name: encoder for name, (encoder, _) in places.items()}
+
+
+def _require_case(family: Family, words: Sequence[Word]) -> None:
+    mixed = [word.text for word in words if word.text != word.text.lower()]
+    if family.lower_case and mixed:
+        raise SnellaConfigError(
+            f"new_tokens: {shown(mixed)} has capital letters, but {family.pipelines[0]} puts "
+            f"prompts in lower case and would not find it: write {shown(m.lower() for m in mixed)}"
+        )
 
 
 def start_rows(

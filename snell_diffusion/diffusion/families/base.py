@@ -67,6 +67,7 @@ class Family:
         sample: (pipeline, SampleRequest) -> latents.
         large_encoders: Names of text encoders too large for float32: where the denoiser is kept in
             16 bits, they are too.
+        lower_case: Whether the pipeline puts prompts in lower case before it encodes them.
     """
 
     name: str
@@ -87,3 +88,4 @@ class Family:
     sample: Callable[[Any, SampleRequest], Tensor]
     conv_targets: tuple[str, ...] = ()
     large_encoders: tuple[str, ...] = ()
+    lower_case: bool = False

@@ -97,4 +97,5 @@ FAMILY = Family(
     denoise=denoise,
     sample=sample,
     large_encoders=("text_encoder",),
+    lower_case=True,
 )

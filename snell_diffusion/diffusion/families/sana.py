@@ -104,4 +104,5 @@ FAMILY = Family(
     sample=sample,
     conv_targets=("conv_inverted", "conv_depth", "conv_point"),
     large_encoders=("text_encoder",),
+    lower_case=True,
 )
