@@ -65,12 +65,23 @@ class Draws:
         return [i for i, photo in enumerate(self.photos) for _ in range(photo.repeats)]
 
     @cached_property
+    def _shapes(self) -> list[Size]:
+        """Their shapes."""
+        of_photo = [self.shape_of(photo) for photo in self.photos]
+        return [of_photo[index] for index in self._epoch]
+
+    @cached_property
     def _of_shape(self) -> dict[Size, list[int]]:
         """The photos of an epoch by their shape."""
         found: dict[Size, list[int]] = {}
-        for index in self._epoch:
-            found.setdefault(self.shape_of(self.photos[index]), []).append(index)
+        for index, shape in zip(self._epoch, self._shapes, strict=True):
+            found.setdefault(shape, []).append(index)
         return found
+
+    @cached_property
+    def _latest(self) -> dict[int, tuple[Size, int]]:
+        """What `_turn` found last: every sample of a micro-batch asks for it."""
+        return {}
 
     def places(self) -> range:
         """Places of this process in the global batch."""
@@ -85,15 +96,18 @@ class Draws:
         done = (step - 1) * self.config.gradient_accumulation_steps + micro
         if len(self._of_shape) == 1:
             return next(iter(self._of_shape)), done
-        size = len(self._epoch)
+        if done not in self._latest:
+            self._latest.clear()
+            self._latest[done] = self._counted(done)
+        return self._latest[done]
+
+    def _counted(self, done: int) -> tuple[Size, int]:
+        size, seed = len(self._epoch), self.config.seed
         epoch, offset = divmod(done, size)
-        leaders = [self._leader(epoch * size + i) for i in range(offset + 1)]
+        places = range(epoch * size, epoch * size + offset + 1)
+        leaders = [self._shapes[item_at(p, size, seed, f"{self.name}-shape")] for p in places]
         shape = leaders.pop()
         return shape, epoch * len(self._of_shape[shape]) + leaders.count(shape)
-
-    def _leader(self, position: int) -> Size:
-        place = item_at(position, len(self._epoch), self.config.seed, f"{self.name}-shape")
-        return self.shape_of(self.photos[self._epoch[place]])
 
     def index(self, step: int, micro: int, place: int) -> int:
         """Which photo stands at a place of the global batch."""

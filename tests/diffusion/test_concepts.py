@@ -323,15 +323,16 @@ def test_a_trial_step_tells_all_and_writes_nothing(whole: TrainConfig) -> None:
     assert not Path(cache).exists()
 
 
-def test_two_processes_train_what_one_does(whole: TrainConfig) -> None:
+@pytest.mark.parametrize("strategy", ["", "FSDP"], ids=["DDP", "FSDP"])
+def test_two_processes_train_what_one_does(whole: TrainConfig, strategy: str) -> None:
     """Buckets, masks, dropped captions and both priors are drawn by place, not by process."""
-    folder = Path(whole.output_dir).with_name("two")
+    folder = Path(whole.output_dir).with_name(f"two {strategy}")
     class_images = [
         replace(c, class_data_dir=str(Path(whole.output_dir) / "class_images" / name))
         for c, name in zip(whole.concepts, ("dog", "cat"), strict=True)
     ]
     more = {"concepts": class_images, "output_dir": str(folder), "train_batch_size": 1}
     divided = replace(whole, **more)
-    first, second = train_to_the_end(2, divided)
+    first, second = train_to_the_end(2, divided, strategy=strategy)
     assert first["adapter"] == second["adapter"]
     assert largest_difference(adapter_of(whole), adapter_of(divided)) <= 1e-6
