@@ -1,4 +1,5 @@
-"""`python -m snell_diffusion info FILE` shows what a file is; `export FILE` converts it."""
+"""`python -m snell_diffusion info FILE` shows what a file is; `export FILE` converts it;
+`memory CONFIG` computes what a training run needs."""
 
 import argparse
 import io
@@ -70,6 +71,10 @@ def parser() -> argparse.ArgumentParser:
     )
     write.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     write.set_defaults(run=export)
+    need = commands.add_parser("memory", help="compute what a training run needs on a GPU")
+    need.add_argument("config", help="YAML file of the run; its base is not downloaded")
+    need.add_argument("settings", nargs="*", metavar="key=value", help="changes of its settings")
+    need.set_defaults(run=memory)
     return root
 
 
@@ -143,6 +148,20 @@ def _base(given: str | None, trained_on: str | None) -> str:
         hint = f"it was trained on {trained_on!r}" if trained_on else "the file names none"
         raise SnellaValueError(f"--format merged needs the base model: pass --base ({hint})")
     return given
+
+
+def memory(options: Namespace) -> int:
+    """Print the computed peak of every phase."""
+    import yaml
+
+    from snell_diffusion.diffusion.config_files import make_config, read_config
+    from snell_diffusion.diffusion.memory import compute
+
+    given = dict(pair.partition("=")[::2] for pair in options.settings)
+    changes = {key: yaml.safe_load(text) for key, text in given.items()}
+    config = make_config({**read_config(Path(options.config)), **changes}, options.config)
+    say(compute(config).table())
+    return 0
 
 
 def _rank(text: str) -> int | None:

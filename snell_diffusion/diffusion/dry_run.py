@@ -14,6 +14,7 @@ from snell_diffusion.diffusion.framing import shapes
 from snell_diffusion.diffusion.inputs import Photos
 from snell_diffusion.diffusion.objective import build_loss
 from snell_diffusion.diffusion.optimization import build_state, loop_settings
+from snell_diffusion.diffusion.phases import WORK
 from snell_diffusion.diffusion.results import RunResult
 from snell_diffusion.diffusion.sampling import Sampler
 from snell_diffusion.diffusion.setup import Model, build_model, size_notes
@@ -26,15 +27,7 @@ from snell_diffusion.training.tracking import Event, Tracker, peak_memory
 
 # The first steps of a process are slow: kernels are chosen, or compiled.
 _STEPS = 3
-_WORK = {
-    "load": "loading the base",
-    "text": "encoding prompts",
-    "latents": "encoding photos",
-    "train": "a training step",
-    "sample": "denoising a picture",
-    "decode": "decoding a picture",
-    "checkpoint": "a checkpoint",
-}
+_WORK = {"load": "loading the base", **WORK, "checkpoint": "a checkpoint"}
 
 
 def dry_run(

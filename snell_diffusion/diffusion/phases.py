@@ -21,6 +21,13 @@ from snell_diffusion.errors import SnellaConfigError, SnellaError
 from snell_diffusion.training.adapter_tensors import tuner_layers
 from snell_diffusion.training.parallel import Parallel
 
+WORK = {
+    "text": "encoding prompts",
+    "latents": "encoding photos",
+    "train": "a training step",
+    "sample": "denoising pictures",
+    "decode": "decoding pictures",
+}
 Needs = Mapping[str, frozenset[str]]
 Listener = Callable[[str], None]
 

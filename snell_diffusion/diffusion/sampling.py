@@ -15,6 +15,15 @@ from snell_diffusion.training.errors import NonFiniteError
 from snell_diffusion.training.randomness import generator
 
 T = TypeVar("T")
+_DECODED_PIXELS = 4 * 256**2
+
+
+def decoded_at_once(size: int) -> int:
+    """How many pictures of `size` x `size` pixels the VAE decodes together, at least 1.
+
+    In float32 a picture of 1024 pixels takes gigabytes, often more than all the rest of sampling.
+    """
+    return max(1, _DECODED_PIXELS // size**2)
 
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:
@@ -67,7 +76,8 @@ class Sampler:
         phases.enter("decode")
         pictures: list[Image.Image] = []
         for (some, _), found in zip(calls, latents, strict=True):
-            pixels = family.decode_latents(pipe, found)
+            parts = found.split(decoded_at_once(self._size))
+            pixels = torch.cat([family.decode_latents(pipe, part) for part in parts])
             _require_finite(found, pixels, some)
             pictures += to_pictures(pixels)
         return pictures

@@ -78,7 +78,7 @@ def load_base(config: TrainConfig) -> tuple[Family, Any]:
     source = base_path(config)
     family = family_of(source, config.revision)
     _require_size(config, family)
-    precisions = _precisions(config, family)
+    precisions = precisions_of(config, family)
     quantized = loading_options(
         config.base_quantization, family.denoiser, precisions[family.denoiser]
     )
@@ -98,7 +98,7 @@ def _models(pipe: Any) -> dict[str, Any]:
     return {n: part for n, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
-def _precisions(config: TrainConfig, family: Family) -> dict[str, torch.dtype]:
+def precisions_of(config: TrainConfig, family: Family) -> dict[str, torch.dtype]:
     """What the weights of each component are kept in; "default" is for those not named.
 
     VAE and small text encoders stay float32: they run once, and a 16-bit VAE can turn black.
@@ -261,13 +261,18 @@ def build_model(
     for model in components.values():
         model.train()
         if config.gradient_checkpointing:
-            next(getattr(model, way) for way in _CHECKPOINTING if hasattr(model, way))()
+            checkpoint_activations(model)
     compile_denoiser(
         components[family.denoiser], config.torch_compile, config.torch_compile_backend
     )
     objective = family.objective(pipe, device, timestep_settings(config))
     words = tuple(new_words(config))
     return Model(family, pipe, components, objective, device, base, counted, phases, words)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Have a model of diffusers or transformers compute its activations again backwards."""
+    next(getattr(model, way) for way in _CHECKPOINTING if hasattr(model, way))()
 
 
 def absent_parts(pipe: Any) -> tuple[str, ...]:
