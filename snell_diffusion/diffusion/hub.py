@@ -80,4 +80,4 @@ def upload(repository: str, config: TrainConfig, files: list[Path]) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).partition("\n")[0][:300]
+    return (str(error).strip() or type(error).__name__).partition("\n")[0][:300].rstrip(".")
