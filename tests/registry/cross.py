@@ -113,6 +113,7 @@ FAMILIES = [
         },
         inputs=dit,
         pipelines=("DiTPipeline",),
+        fuses_qkv=False,
     ),
     TinyFamily(
         name="hunyuan_dit",
@@ -151,6 +152,7 @@ FAMILIES = [
         inputs=lumina,
         pipelines=("LuminaPipeline",),
         bypassed=("to_out.0",),
+        fuses_qkv=False,
     ),
     TinyFamily(
         name="prx",
@@ -166,7 +168,7 @@ FAMILIES = [
             "axes_dim": [8, 8],
         },
         inputs=prx,
-        scale_kwarg="attention_kwargs",
+        fuses_qkv=False,
         pipelines=("PRXPipeline",),
     ),
 ]

@@ -160,6 +160,7 @@ FAMILIES = [
         scale_kwarg="attention_kwargs",
         pipelines=("BriaPipeline",),
         shell="its constructor reads the VAE's config",
+        fuses_qkv=False,
     ),
     TinyFamily(
         name="bria_fibo",
@@ -169,6 +170,7 @@ FAMILIES = [
         inputs=fibo,
         scale_kwarg="joint_attention_kwargs",
         pipelines=("BriaFiboPipeline",),
+        fuses_qkv=False,
     ),
     TinyFamily(
         name="longcat",
@@ -186,6 +188,7 @@ FAMILIES = [
         inputs=packed,
         scale_kwarg="joint_attention_kwargs",
         pipelines=("OvisImagePipeline",),
+        fuses_qkv=False,
     ),
     TinyFamily(
         name="auraflow",
@@ -256,6 +259,7 @@ FAMILIES = [
         inputs=cogview,
         scale_kwarg="attention_kwargs",
         pipelines=("CogView4Pipeline",),
+        fuses_qkv=False,
     ),
     TinyFamily(
         name="hunyuan_image",
@@ -297,5 +301,7 @@ FAMILIES = [
         inputs=hidream,
         scale_kwarg="attention_kwargs",
         pipelines=("HiDreamImagePipeline",),
+        fuses_qkv=False,
+        graph_break="its experts count tokens in Python",
     ),
 ]

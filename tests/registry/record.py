@@ -2,7 +2,9 @@
 
 import inspect
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -40,8 +42,9 @@ class TinyFamily:
         scale_kwarg: The argument of `forward` whose "scale" is a factor for one call; None where
             diffusers gives the family no such argument.
         component: Its name in the pipeline.
-        targets: Name endings that are adapted; None takes the tuner's own default.
         bypassed: Projections that the family's blocks call past their attention processor.
+        fuses_qkv: Whether diffusers lets the family fuse its QKV projections.
+        graph_break: Why `torch.compile(fullgraph=True)` fails on the bare family, if it does.
         shell: Why the stock pipeline cannot be built of the denoiser alone, if it cannot; then a
             bare `DiffusionPipeline` takes its place.
     """
@@ -54,8 +57,9 @@ class TinyFamily:
     pipelines: tuple[str, ...]
     scale_kwarg: str | None = None
     component: str = "transformer"
-    targets: tuple[str, ...] | None = None
     bypassed: tuple[str, ...] = ()
+    fuses_qkv: bool = True
+    graph_break: str = ""
     shell: str = ""
 
     def build(self, seed: int = 0) -> nn.Module:
@@ -79,7 +83,8 @@ class TinyFamily:
         }
         if "requires_safety_checker" in inspect.signature(kind.__init__).parameters:
             needed["requires_safety_checker"] = False
-        return kind(**{**needed, self.component: model})
+        with quiet():
+            return kind(**{**needed, self.component: model})
 
 
 class Shell(diffusers.DiffusionPipeline):
@@ -97,10 +102,20 @@ class _Config(dict):
         return hash(repr(sorted(self.items())))
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """diffusers warns of its own deprecated imports, and Mochi of its autocast to float32."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="In CPU autocast", category=UserWarning)
+        yield
+
+
 @cache
 def _built(name: str, model: str, seed: int, config: _Config) -> nn.Module:
     torch.manual_seed(seed)
-    built = getattr(diffusers, model)(**config).eval().requires_grad_(False)
+    with quiet():
+        built = getattr(diffusers, model)(**config).eval().requires_grad_(False)
     redraw(built, seed)
     return built
 
@@ -122,6 +137,7 @@ def redraw(model: nn.Module, seed: int) -> None:
 @torch.no_grad()
 def predict(family: TinyFamily, model: nn.Module, **more: Any) -> Tensor:
     """The denoiser's output on the family's example, as one tensor."""
-    output = model(**family.example(), **more, return_dict=False)
+    with quiet():
+        output = model(**{**family.example(), **more}, return_dict=False)
     first = output[0] if isinstance(output, tuple) else output
     return torch.stack(list(first)) if isinstance(first, (list, tuple)) else first

@@ -93,6 +93,8 @@ FAMILIES = [
         inputs=lumina2,
         scale_kwarg="attention_kwargs",
         pipelines=("Lumina2Pipeline",),
+        fuses_qkv=False,
+        graph_break="its caption lengths are read in Python",
     ),
     TinyFamily(
         name="z_image",
@@ -112,6 +114,7 @@ FAMILIES = [
         inputs=z_image,
         scale_kwarg="joint_attention_kwargs",
         pipelines=("ZImagePipeline",),
+        fuses_qkv=False,
     ),
     TinyFamily(
         name="omnigen",
@@ -135,6 +138,8 @@ FAMILIES = [
         inputs=omnigen,
         pipelines=("OmniGenPipeline",),
         shell="it needs torchvision",
+        fuses_qkv=False,
+        graph_break="its rotary embedding branches on positions",
     ),
     TinyFamily(
         name="krea2",
@@ -193,5 +198,6 @@ FAMILIES = [
         },
         inputs=ernie,
         pipelines=("ErnieImagePipeline",),
+        fuses_qkv=False,
     ),
 ]

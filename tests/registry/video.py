@@ -116,6 +116,7 @@ FAMILIES = [
         inputs=mochi,
         scale_kwarg="attention_kwargs",
         pipelines=("MochiPipeline",),
+        fuses_qkv=False,
     ),
     TinyFamily(
         name="cogvideox",
