@@ -21,7 +21,8 @@ class TimestepSettings:
         snr_gamma: Min-SNR weight of diffusion models (arXiv:2303.09556); None = none.
         weighting_scheme: Of flow models, as in diffusers' scripts; None = the family's own.
             logit_normal and mode change the density, cosmap and sigma_sqrt the weight.
-        logit_mean: Mean of logit_normal (arXiv:2403.03206, eq. 19).
+        logit_mean: Mean of logit_normal (arXiv:2403.03206, eq. 19), above 0 = noisier; diffusers'
+            scripts count from the noisy end, so there the same number has the other sign.
         logit_std: Standard deviation of logit_normal, above 0.
         mode_scale: Scale s of mode (arXiv:2403.03206, eq. 20).
         shift: Timestep shift of flow models (arXiv:2403.03206, eq. 23), above 0; None = the base's.
