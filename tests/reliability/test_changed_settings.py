@@ -112,6 +112,7 @@ def test_free_settings_change_nothing_that_is_trained(
         "instance_data_dir": str(write_photos(tmp_path / "moved")),
         "num_inference_steps": 1,
         "num_validation_images": 2,
+        "offload_encoders": False,
         "output_dir": str(tmp_path / "run"),
         "overwrite": True,
         "pretrained_model_name_or_path": str(
@@ -127,6 +128,7 @@ def test_free_settings_change_nothing_that_is_trained(
         "validation_timesteps": 3,
     }
     elsewhere = {"dry_run", "report_to", "validation_data_dir", "variant"}
+    elsewhere |= {"push_to_hub", "hub_model_id", "hub_private_repo"}
     assert values.keys() | elsewhere == FREE, "a new free setting needs a value here"
     folder = harness.train_to_the_end(replace(finished, **values))
     assert harness.logged_steps(folder) == [2, 3]

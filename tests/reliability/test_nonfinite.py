@@ -122,9 +122,10 @@ def test_loss(
     """The error of one sample is NaN at step 3: part, photo and timestep are named."""
     calls, real = [], objective.squared_error
 
-    def errors(prediction: Tensor, target: Tensor) -> Tensor:
+    def errors(prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         calls.append(None)
-        return real(prediction, target) * torch.tensor([1.0, math.nan if len(calls) == 3 else 1.0])
+        spoiled = math.nan if len(calls) == 3 else 1.0
+        return real(prediction, target, mask) * torch.tensor([1.0, spoiled])
 
     monkeypatch.setattr(objective, "squared_error", errors)
     assert train_by_script(tiny_base, tmp_path) == 3
