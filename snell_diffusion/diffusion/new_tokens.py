@@ -1,7 +1,8 @@
 """New words of a run: from the config into tokenizers and text encoders, trained with the adapter.
 
 Every text encoder of the base learns its own embeddings of the same words (textual inversion,
-arXiv:2208.01618); the base's embedding tables stay as they are.
+arXiv:2208.01618), also one that no family adapts, such as T5: it reads every prompt all the same.
+The base's embedding tables stay as they are.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from snell_diffusion.adapters.tokens import (
     input_embedding,
     largest_norm,
     table_of,
+    tokenizer_of,
 )
 from snell_diffusion.adapters.vocabulary import require_new
 from snell_diffusion.diffusion.config import TrainConfig
@@ -63,11 +65,10 @@ def add_words(config: TrainConfig, family: Family, pipe: Any, adapter: str) -> d
     if not words:
         return {}
     _require_case(family, words)
-    names = zip(family.text_encoders, family.tokenizers, strict=True)
     places = {
-        name: (getattr(pipe, name), getattr(pipe, tokenizer))
-        for name, tokenizer in names
-        if getattr(pipe, name, None) is not None
+        name: (encoder, getattr(pipe, tokenizer_of(name)))
+        for name, encoder in pipe.components.items()
+        if name.startswith("text_encoder") and encoder is not None
     }
     try:
         starts = {}
