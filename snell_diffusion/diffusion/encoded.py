@@ -17,8 +17,9 @@ from snell_diffusion.diffusion.data import Photo
 from snell_diffusion.diffusion.families import Conditions
 from snell_diffusion.diffusion.framing import Size, View, geometry, to_unit
 from snell_diffusion.diffusion.masks import loss_weights
+from snell_diffusion.diffusion.pixels import read_mask_pixels, read_pixels
 from snell_diffusion.diffusion.setup import Model
-from snell_diffusion.diffusion.views import Draws, read_mask_pixels, read_pixels
+from snell_diffusion.diffusion.views import Draws
 from snell_diffusion.training.randomness import normal
 
 

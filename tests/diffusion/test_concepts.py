@@ -19,6 +19,7 @@ from snell_diffusion.diffusion.config_files import (
     read_concepts,
 )
 from snell_diffusion.diffusion.inputs import Photos
+from snell_diffusion.diffusion.prior import class_images
 from snell_diffusion.diffusion.run_folder import RunFolder, identity, require_same
 from snell_diffusion.diffusion.training import run
 from snell_diffusion.errors import SnellaConfigError
@@ -196,6 +197,20 @@ def test_the_summary_tells_what_there_is(tmp_path: Path) -> None:
     assert "shapes in pixels (width x height) and photos: 16x16 for 6, 32x16 for 1" in lines
     assert "class images: 0 there, 5 to generate" in lines
     assert any(line.startswith("photos that equal an earlier one: 0.png, 1.png") for line in lines)
+
+
+def test_class_images_of_two_concepts_are_other_pictures(tmp_path: Path) -> None:
+    """Two subjects of one class: other folders, and other start noise."""
+    config = two(tmp_path, tmp_path, with_prior_preservation=True)
+    concepts = [replace(concept, class_prompt="a pet") for concept in config.concepts]
+    config = replace(config, concepts=concepts)
+    images = class_images(config, RunFolder(config))
+    assert [some.folder.name for some in images] == ["dog", "cat"]
+    assert [some.purpose for some in images] == ["class", "class-1"]
+    assert [(some.wanted, some.weight) for some in images] == [(2, 1.0), (3, 0.5)]
+    without = replace(concepts[0], class_prompt=None)
+    config = replace(config, concepts=[without, concepts[1]])
+    assert [some.concept for some in class_images(config, RunFolder(config))] == [1]
 
 
 def test_drift_is_measured_on_all_concepts(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from snell_diffusion.diffusion.framing import View
 from snell_diffusion.diffusion.inputs import Photos
 from snell_diffusion.diffusion.losses import squared_error
 from snell_diffusion.diffusion.masks import loss_weights
+from snell_diffusion.diffusion.pixels import read_mask_pixels
 from snell_diffusion.diffusion.run_folder import RunFolder
-from snell_diffusion.diffusion.views import Draws, read_mask_pixels
+from snell_diffusion.diffusion.views import Draws
 from snell_diffusion.errors import SnellaConfigError
 
 
