@@ -7,14 +7,15 @@ one prompt at a time, so that no entry depends on what else a run encodes.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from snell_diffusion.diffusion.cache import Cache, Tensors, model_digest, tokenizer_digest
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.data import Photo
-from snell_diffusion.diffusion.families import Conditions
+from snell_diffusion.diffusion.families import Conditions, Family
 from snell_diffusion.diffusion.framing import Size, View, geometry, to_unit
 from snell_diffusion.diffusion.masks import loss_weights
 from snell_diffusion.diffusion.pixels import read_mask_pixels, read_pixels
@@ -27,6 +28,21 @@ def finite_rows(tensor: Tensor) -> list[bool]:
     """Which rows of [B, ...] hold finite values only."""
     sound: list[bool] = tensor.isfinite().flatten(1).all(1).tolist()
     return sound
+
+
+def text_fingerprint(family: Family, pipe: Any) -> dict[str, str]:
+    """What embeddings of prompts depend on: all of a pipeline that is neither denoiser nor VAE.
+
+    Also encoders that are never adapted, such as T5 beside the CLIPs.
+    """
+    plain = {k: v for k, v in pipe.config.items() if isinstance(v, (bool, int, float, str))}
+    found = {"family": family.name, **{k: str(v) for k, v in plain.items() if k[0] != "_"}}
+    for name, part in pipe.components.items():
+        if name.startswith("tokenizer") and part is not None:
+            found[name] = tokenizer_digest(part)
+        elif isinstance(part, nn.Module) and name not in (family.denoiser, "vae"):
+            found[name] = model_digest(part)
+    return found
 
 
 class TextTable:
@@ -66,14 +82,7 @@ class TextTable:
 
     @cached_property
     def _encoders(self) -> dict[str, str]:
-        family, pipe = self._model.family, self._model.pipe
-        encoders = {name: getattr(pipe, name) for name in family.text_encoders}
-        tokenizers = {name: getattr(pipe, name) for name in family.tokenizers}
-        return {
-            "family": family.name,
-            **{name: model_digest(part) for name, part in encoders.items() if part is not None},
-            **{name: tokenizer_digest(t) for name, t in tokenizers.items() if t is not None},
-        }
+        return text_fingerprint(self._model.family, self._model.pipe)
 
     def _encode(self, prompts: Sequence[str]) -> Conditions:
         return self._model.encode_text(prompts)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import EDMEulerScheduler, StableDiffusionXLPipeline
 
+from snell_diffusion.diffusion.encoded import text_fingerprint
 from snell_diffusion.diffusion.families import sdxl
 from snell_diffusion.errors import SnellaBaseError
 from tests.families.conftest import Case, make_case
@@ -42,6 +43,7 @@ def test_the_empty_prompt_is_what_the_base_was_trained_with(case: Case, zeros: b
     assert ours["text"][1].any()
     torch.testing.assert_close(ours["text"][0], negative[0])
     torch.testing.assert_close(ours["pooled"][0], negative_pooled[0])
+    assert text_fingerprint(sdxl.FAMILY, pipe)["force_zeros_for_empty_prompt"] == str(zeros)
 
 
 def test_a_base_of_another_kind_of_diffusion_is_refused(case: Case, tmp_path: Path) -> None:
