@@ -132,9 +132,7 @@ class Photos:
         if masks:
             lines.append(f"masks: {masks} of {count} photos have one, of the others all counts")
         if self.unused_masks:
-            lines.append(
-                f"masks: {self.unused_masks} are there, and masked_loss is off"
-            )
+            lines.append(f"masks: {self.unused_masks} are there, and masked_loss is off")
         if len(shapes) > 1:
             found = Counter(nearest(photo.size, shapes) for photo in self.instance)
             named = [f"{width}x{height} for {n}" for (height, width), n in sorted(found.items())]

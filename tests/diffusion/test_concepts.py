@@ -338,9 +338,8 @@ def test_a_trial_step_tells_all_and_writes_nothing(whole: TrainConfig) -> None:
     assert not Path(cache).exists()
 
 
-@pytest.mark.parametrize("strategy", ["", "FSDP"], ids=["DDP", "FSDP"])
-def test_two_processes_train_what_one_does(whole: TrainConfig, strategy: str) -> None:
-    """Buckets, masks, dropped captions and both priors are drawn by place, not by process."""
+def require_as_one_process(whole: TrainConfig, strategy: str) -> None:
+    """Buckets, masks, dropped captions and the prior are drawn by place, not by process."""
     folder = Path(whole.output_dir).with_name(f"two {strategy}")
     class_images = [
         replace(c, class_data_dir=str(Path(whole.output_dir) / "class_images" / name))
@@ -351,3 +350,12 @@ def test_two_processes_train_what_one_does(whole: TrainConfig, strategy: str) ->
     first, second = train_to_the_end(2, divided, strategy=strategy)
     assert first["adapter"] == second["adapter"]
     assert largest_difference(adapter_of(whole), adapter_of(divided)) <= 1e-6
+
+
+def test_two_processes_train_what_one_does(whole: TrainConfig) -> None:
+    require_as_one_process(whole, "")
+
+
+@pytest.mark.parametrize("whole", ["prediction"], indirect=True)
+def test_so_they_do_with_a_base_in_shards(whole: TrainConfig) -> None:
+    require_as_one_process(whole, "FSDP")
