@@ -26,6 +26,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from snell_diffusion.diffusion.offload import offload_off
 from snell_diffusion.diffusion.reach import reaches
 from snell_diffusion.errors import SnellaKeyError, SnellaValueError, shown
 from snell_diffusion.tuners import DeltaLayer
@@ -150,12 +151,13 @@ class SnellaAttnProcessor:
                 + (" that is not installed yet" if _keepers(model) else "")
                 + ": load one first (load_snella_weights or add_adapter)"
             )
-        for attn, deltas in found:
-            for place, delta in deltas.items():
-                _put(attn, place, delta.base_layer)
-            keeper = _Keeper(attn, deltas)
-            keeper.handle = attn.register_forward_pre_hook(keeper)
-            keeper(attn, ())
+        with offload_off(model):
+            for attn, deltas in found:
+                for place, delta in deltas.items():
+                    _put(attn, place, delta.base_layer)
+                keeper = _Keeper(attn, deltas)
+                keeper.handle = attn.register_forward_pre_hook(keeper)
+                keeper(attn, ())
         return len(found)
 
     @staticmethod
@@ -166,11 +168,14 @@ class SnellaAttnProcessor:
             How many attention blocks had a processor of ours; 0 if none was installed.
         """
         keepers = _keepers(model)
-        for attn, keeper in keepers:
-            assert keeper.handle is not None
-            keeper.handle.remove()
-            _set_processor(attn, _unwrap(attn.processor))
-            keeper.give_back()
+        if not keepers:
+            return 0
+        with offload_off(model):
+            for attn, keeper in keepers:
+                assert keeper.handle is not None
+                keeper.handle.remove()
+                _set_processor(attn, _unwrap(attn.processor))
+                keeper.give_back()
         return len(keepers)
 
 

@@ -1,12 +1,15 @@
 """What is loaded on a pipeline, and the checks that its verbs share."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from snell_diffusion.adapters import adapter_names
+from snell_diffusion.diffusion.attention import processors_off
+from snell_diffusion.diffusion.offload import offload_off
 from snell_diffusion.errors import SnellaKeyError, SnellaValueError, shown
 from snell_diffusion.tuners import delta_layers
 
@@ -25,6 +28,14 @@ def tokenizers_of(pipe: Any) -> dict[str, Any]:
     """The tokenizers of a pipeline by component."""
     parts = pipe.components.items()
     return {name: part for name, part in parts if name.startswith("tokenizer") and part is not None}
+
+
+@contextmanager
+def opened(pipe: Any) -> Iterator[dict[str, nn.Module]]:
+    """A pipeline's models with tuner layers in place and all weights in memory, by component."""
+    models = models_of(pipe)
+    with offload_off(*models.values()), processors_off(*models.values()):
+        yield models
 
 
 def chosen_components(

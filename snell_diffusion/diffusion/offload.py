@@ -15,20 +15,10 @@ from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
 from accelerate.utils import OffloadedWeightsLoader
 from torch import nn
 
-from snell_diffusion.diffusion.attention import processors_off
-from snell_diffusion.diffusion.loaded import models_of
 from snell_diffusion.errors import SnellaValueError
 from snell_diffusion.tuners.offload import group_hook
 
-__all__ = ["offload_off", "opened"]
-
-
-@contextmanager
-def opened(pipe: Any) -> Iterator[dict[str, nn.Module]]:
-    """A pipeline's models with tuner layers in place and all weights in memory, by component."""
-    models = models_of(pipe)
-    with offload_off(*models.values()), processors_off(*models.values()):
-        yield models
+__all__ = ["offload_off"]
 
 
 @contextmanager

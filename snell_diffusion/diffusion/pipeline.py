@@ -38,13 +38,13 @@ from snell_diffusion.diffusion.loaded import (
     kept_notes,
     models_of,
     one_name,
+    opened,
     require_loaded,
     require_names,
     require_unfused,
     strengths_of,
     tokenizers_of,
 )
-from snell_diffusion.diffusion.offload import opened
 from snell_diffusion.diffusion.sources import cache_label, locate
 from snell_diffusion.errors import SnellaKeyError, SnellaValueError, shown
 from snell_diffusion.tuners import delta_layers

@@ -170,7 +170,7 @@ def test_groups_on_the_disk_are_refused(made_for: Callable[[str], Made], tmp_pat
     )
     with pytest.raises(SnellaValueError, match=r"FluxTransformer2DModel is group-offloaded to the"):
         pipe.load_snella_weights(made.files["a"])
-    assert torch.equal(predict(made.family, pipe.transformer), made.base)
+    assert close(predict(made.family, pipe.transformer), made.base)
 
 
 def test_an_adapter_is_offloaded_to_the_disk_with_its_model(

@@ -5,6 +5,7 @@ case of a layer that is no `nn.Linear` stands for all of them.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from snell_diffusion import SnellaAttnProcessor
 from snell_diffusion.errors import SnellaValueError
 from snell_diffusion.tuners import delta_layers
-from tests.registry.made import Made
+from tests.registry.families import REGISTRY
+from tests.registry.joint import flux
+from tests.registry.made import Made, make
 from tests.registry.record import predict
 
 pytestmark = [
@@ -24,7 +27,18 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
-NAME = "flux"  # every Linear of it has 16 inputs or a multiple
+# bitsandbytes packs 32 rows of 64 weights, GGUF blocks of 32.
+FAMILY = replace(
+    REGISTRY["flux"],
+    name="flux_64",
+    config={
+        **REGISTRY["flux"].config,
+        "attention_head_dim": 32,
+        "axes_dims_rope": (8, 8, 16),
+        "joint_attention_dim": 64,
+    },
+    inputs=lambda draw: {**flux(draw), "encoder_hidden_states": draw.normal(1, 5, 64)},
+)
 
 
 class Rounded(nn.Module):
@@ -80,8 +94,6 @@ def gguf(linear: nn.Linear) -> nn.Module:
     from gguf import GGMLQuantizationType, quants
 
     kind = GGMLQuantizationType.Q8_0
-    if linear.in_features % 32:  # smaller than a block of this format
-        kind = GGMLQuantizationType.BF16
     packed = torch.from_numpy(quants.quantize(linear.weight.detach().numpy(), kind))
     sizes = linear.in_features, linear.out_features, linear.bias is not None
     layer = GGUFLinear(*sizes, compute_dtype=torch.float32)
@@ -121,13 +133,16 @@ class Added(nn.Module):
         self.layer, self.delta = layer, delta
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x) + x @ self.delta.T
+        return self.layer(x) + nn.functional.linear(x, self.delta)
 
 
 def quantized(made: Made, convert: Callable[[nn.Linear], nn.Module]) -> nn.Module:
-    """The family's denoiser with every layer quantized that an adapter is on."""
+    """The denoiser with every layer quantized that an adapter is on and that has whole blocks."""
     model = made.family.build()
-    for path in made.deltas["b"]:
+    sizes = {path: model.get_submodule(path).weight.shape for path in made.deltas["b"]}
+    paths = [path for path, (rows, columns) in sizes.items() if not (rows % 32 or columns % 64)]
+    assert len(paths) > 5
+    for path in paths:
         swap(model, path, convert)
     return model.eval()
 
@@ -137,11 +152,15 @@ def swap(model: nn.Module, path: str, change: Callable[[Any], nn.Module]) -> Non
     setattr(model.get_submodule(owner), name, change(model.get_submodule(path)))
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make(FAMILY, tmp_path_factory.mktemp("quantized"))
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_forward_works_and_merging_is_refused(kind: str, made_for: Callable[[str], Made]) -> None:
+def test_forward_works_and_merging_is_refused(kind: str, made: Made) -> None:
     package, convert, refused = KINDS[kind]
     pytest.importorskip(package, reason=f"{package} is not installed (it is optional)")
-    made = made_for(NAME)
     family = made.family
     pipe = family.pipe(quantized(made, convert))
     base = predict(family, pipe.transformer)
@@ -151,7 +170,7 @@ def test_forward_works_and_merging_is_refused(kind: str, made_for: Callable[[str
 
     reference = quantized(made, convert)
     for path, delta in made.deltas["b"].items():
-        swap(reference, path, lambda layer, delta=delta: Added(layer, delta))
+        swap(reference, path, lambda layer, delta=delta: Added(layer, delta.contiguous()))
     expected = predict(family, reference.eval())
     assert not torch.allclose(expected, base, rtol=1e-2, atol=1e-2)
     assert_close(predict(family, pipe.transformer), expected)
