@@ -35,11 +35,11 @@ def encode_masked(pipe: Any, prompts: Sequence[str], **options: Any) -> Conditio
 
 
 def pad_rows(rows: Sequence[Tensor], length: int) -> Conditions:
-    """Tokens [L_i, D] of B prompts -> B rows of `length`, zeros behind; the rest is cut off."""
+    """Tokens [L_i, D] of B prompts -> B rows of `length`, at least every L_i; zeros behind."""
     text = rows[0].new_zeros(len(rows), length, rows[0].shape[1])
     mask = torch.zeros(len(rows), length, dtype=torch.bool, device=text.device)
     for index, row in enumerate(rows):
-        text[index, : len(row)] = row[:length]
+        text[index, : len(row)] = row
         mask[index, : len(row)] = True
     return {"text": text, "mask": mask}
 
