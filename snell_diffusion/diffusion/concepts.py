@@ -93,5 +93,6 @@ def named(concepts: Sequence[ConceptConfig]) -> list[ConceptConfig]:
 
 
 def _folder_name(concept: ConceptConfig) -> str:
-    name = re.sub(r"[^\w.-]+", "_", Path(concept.instance_data_dir).resolve().name)
+    folder = Path(concept.instance_data_dir)
+    name = re.sub(r"[^\w.-]+", "_", folder.name or folder.resolve().name)
     return name.lstrip(".") or "concept"
