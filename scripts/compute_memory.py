@@ -2,6 +2,7 @@
 
     python -m scripts.compute_memory            all configs
     python -m scripts.compute_memory sdxl       this one; the page keeps the others' figures
+    python -m scripts.compute_memory --plain    without the table of options
 
 Computed with fake tensors from published sizes: nothing is downloaded, loaded or measured.
 """
@@ -40,7 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "torchao_int8 base": {"base_quantization": "torchao_int8"},
     "bnb_nf4 base": {"base_quantization": "bnb_nf4"},
 }
-SHOWN_VARIANTS = ("sdxl", "flux1_dev")
+SHOWN_VARIANTS = ("sd15", "flux1_dev")
 
 
 def names() -> list[str]:
@@ -70,8 +71,9 @@ def header(found: dict[str, Any]) -> str:
     """The lines of a config that tell its memory."""
     peaks = found["peaks"]
     parts = ", ".join(f"{PHASES[phase]} {gib}" for phase, gib in peaks.items())
+    most = max(peaks.values())
     return (
-        f"# Memory: {max(peaks.values())} GiB of the GPU, computed with fake tensors, not measured\n"
+        f"# Memory: {most} GiB on the GPU, computed with fake tensors, not measured\n"
         f"#   ({parts}); about 1 GiB more for CUDA itself.\n"
     )
 
@@ -125,12 +127,13 @@ def _step(peaks: dict[str, float] | None) -> str:
     return "" if peaks is None else f"{peaks['train']} (at most {max(peaks.values())})"
 
 
-def main(chosen: list[str]) -> None:
-    """Compute and write."""
+def main(arguments: list[str]) -> None:
+    """Compute and write; with --plain no options beside those of the files."""
     known = json.loads(FIGURES.read_text("utf-8")) if FIGURES.exists() else {}
+    plain, chosen = "--plain" in arguments, [a for a in arguments if not a.startswith("-")]
     for name in chosen or names():
         for label, changes in VARIANTS.items():
-            if changes and name not in SHOWN_VARIANTS:
+            if changes and (plain or name not in SHOWN_VARIANTS):
                 continue
             known[key(name, label)] = found = figures(name, changes)
             print(key(name, label), found["peaks"], flush=True)

@@ -15,11 +15,19 @@ from snell_diffusion.training.errors import NonFiniteError
 from snell_diffusion.training.randomness import generator
 
 T = TypeVar("T")
-_DECODED_PIXELS = 4 * 256**2
+_DRAWN_PIXELS, _DECODED_PIXELS = 4 * 512**2, 4 * 256**2
+
+
+def drawn_at_once(size: int) -> int:
+    """How many pictures of `size` x `size` pixels are denoised together: 4 up to 512, 1 at 1024.
+
+    More would take more memory than a training step.
+    """
+    return max(1, min(4, _DRAWN_PIXELS // size**2))
 
 
 def decoded_at_once(size: int) -> int:
-    """How many pictures of `size` x `size` pixels the VAE decodes together, at least 1.
+    """How many of them the VAE decodes together, at least 1.
 
     In float32 a picture of 1024 pixels takes gigabytes, often more than all the rest of sampling.
     """
@@ -41,7 +49,7 @@ class Sampler:
         steps: Denoising steps.
         guidance: Classifier-free guidance scale.
         seed: Seed of the start noise.
-        batch: Pictures per call of the pipeline.
+        batch: Pictures per call of the pipeline; default: see `drawn_at_once`.
     """
 
     def __init__(
@@ -52,11 +60,11 @@ class Sampler:
         steps: int,
         guidance: float,
         seed: int,
-        batch: int = 4,
+        batch: int | None = None,
     ) -> None:
         self._model = model
         self._size, self._steps, self._guidance = size, steps, guidance
-        self._seed, self._batch = seed, batch
+        self._seed, self._batch = seed, batch or drawn_at_once(size)
         self._kept: dict[tuple[str, ...], Conditions] = {}
 
     @torch.no_grad()

@@ -364,6 +364,12 @@ def sizes(components: Components) -> Sizes:
     trainable = trainable_parameters(components)
     layers = [layer for _, layer in tuner_layers(components) if not isinstance(layer, TokenLayer)]
     everything = sum(p.numel() for m in components.values() for p in m.parameters())
+    everything += sum(
+        entries(part) - part.weight.numel()  # packed
+        for model in components.values()
+        for part in model.modules()
+        if isinstance(part, nn.Linear)
+    )
     count = sum(p.numel() for p in trainable.values())
     adapted = sum(entries(layer.get_base_layer()) for layer in layers)
     return Sizes(len(layers), count, adapted, everything - count)

@@ -1,6 +1,7 @@
 """Optimizers by name, and a state that continues exactly without pickle."""
 
 import json
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from snell_diffusion.training.errors import CheckpointError
 from snell_diffusion.training.optimizers import (
     make_optimizer,
     optimizer_class,
+    own_rate,
     pack_optimizer,
     unpack_optimizer,
 )
@@ -98,3 +100,58 @@ def test_other_groups_are_refused() -> None:
     other = make_optimizer("AdamW", groups(values)[:1], {})
     with pytest.raises(CheckpointError, match="2 parameter groups, this run 1"):
         unpack_optimizer(other, tensors, plain)
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("prodigyopt", "bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for name, extra in (
+        ("prodigyopt.Prodigy", "prodigy"),
+        ("bitsandbytes.optim.AdamW8bit", "quant"),
+    ):
+        with pytest.raises(SnellaConfigError, match=rf"pip install 'snell-diffusion\[{extra}\]'"):
+            optimizer_class(name)
+
+
+class Nested(torch.optim.SGD):
+    """Keeps a table of tensors, as bitsandbytes does."""
+
+    def step(self, closure=None):  # type: ignore[no-untyped-def]
+        for group in self.param_groups:
+            for value in group["params"]:
+                table = self.state[value].setdefault("table", {})
+                table["sum"] = table.get("sum", torch.zeros_like(value)) + value.grad
+                value.data.sub_(table["sum"], alpha=group["lr"])
+
+
+def test_tables_of_tensors_are_kept() -> None:
+    whole, first = parameters(), parameters()
+    steps(Nested(groups(whole)), whole, range(4))
+    optimizer = Nested(groups(first))
+    steps(optimizer, first, range(2))
+    tensors, plain = pack_optimizer(optimizer)
+    assert set(tensors) == {"0.table.sum", "1.table.sum"}
+    continued = Nested(groups(first))
+    unpack_optimizer(continued, tensors, json.loads(json.dumps(plain)))
+    steps(continued, first, range(2, 4))
+    assert all(torch.equal(a, b) for a, b in zip(whole, first, strict=True))
+
+
+def test_prodigy_takes_one_rate_and_tells_its_estimate() -> None:
+    pytest.importorskip("prodigyopt", reason="needs prodigyopt: pip install prodigyopt")
+    values = parameters()
+    with pytest.raises(
+        SnellaConfigError, match=r"one learning rate for all tensors, .* 0\.1, 0\.2"
+    ):
+        make_optimizer("prodigyopt.Prodigy", groups(values), {})
+    one = [{**group, "lr": 1.0} for group in groups(values)]
+    optimizer = make_optimizer("prodigyopt.Prodigy", one, {"lr": 1.0})
+    start = own_rate(optimizer)
+    steps(optimizer, values, range(20))
+    assert start == 1e-6
+    assert own_rate(optimizer) > start
+
+
+def test_others_have_no_estimate() -> None:
+    for name in ("AdamW", "Adafactor"):
+        assert own_rate(make_optimizer(name, groups(parameters()), {})) is None
