@@ -15,7 +15,7 @@ from snell_diffusion.models import SHIPPED_BASES
 from snell_diffusion.training.files import write_text
 
 _CAPTIONS = {
-    "samples.png": "Samples during training; the first row is the start, seeds are the same.",
+    "samples.png": "Samples during training; the first row is the base model, seeds are the same.",
     "loss.png": "Loss over the steps.",
     "allocation.png": "Share of the update's entries that each layer keeps, through the network.",
 }

@@ -9,7 +9,11 @@ import torch
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.sampling import Sampler
 from snell_diffusion.diffusion.validation import Probe
-from snell_diffusion.training.adapter_tensors import evaluating, trainable_parameters
+from snell_diffusion.training.adapter_tensors import (
+    adapters_off,
+    evaluating,
+    trainable_parameters,
+)
 from snell_diffusion.training.errors import OutputError
 from snell_diffusion.training.files import write_with
 from snell_diffusion.training.finite import require_finite_weights
@@ -182,7 +186,7 @@ class RunFeedback:
         self._tracker.status("sampling")
         columns, indices = prompts * count, [i for i in range(count) for _ in prompts]
         try:
-            with self.shown_weights(), evaluating(self._state.components), self._autocast():
+            with self._drawn(step), evaluating(self._state.components), self._autocast():
                 pictures = self._sampler.draw(columns, "sample", indices)
         except Exception as error:
             # A picture is never worth the run; the reason is kept in the log.
@@ -191,12 +195,17 @@ class RunFeedback:
         if not self._tracker.main:
             return
         rows = [pictures[i * len(prompts) : (i + 1) * len(prompts)] for i in range(count)]
-        grid = sheet(rows, [f"step {step:06d}"] * count, prompts, self._side)
+        label = f"step {step:06d}" if step else "base model"
+        grid = sheet(rows, [label] * count, prompts, self._side)
         path = self._folder / "samples" / f"step-{step:06d}.png"
         try:
             write_with(path, grid.save, durable=False)
         except OutputError as error:
             self._tracker.note(f"the samples of step {step} were not kept: {error}")
+
+    def _drawn(self, step: int) -> AbstractContextManager[None]:
+        """What is drawn: the adapter, and at the start the base that it begins from."""
+        return self.shown_weights() if step else adapters_off(self._state.components)
 
     @property
     def _side(self) -> int:

@@ -15,6 +15,8 @@ Event = dict[str, Any]
 _DPI = 110
 _LABEL = 12
 _MARGIN = 6
+_USUAL_LABEL = "step 000000"
+_LARGEST_CELL = 256
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -135,7 +137,7 @@ def sheet(
     font = ImageFont.load_default(_LABEL)
     wrapped = [_wrap(text, side, font) for text in column_labels]
     top = _header(wrapped)
-    left = max(int(font.getlength(text)) for text in row_labels) + 2 * _MARGIN
+    left = _left(row_labels)
     width = left + len(column_labels) * (side + _MARGIN)
     canvas = Image.new("RGB", (width, top + len(rows) * (side + _MARGIN)), "white")
     draw = ImageDraw.Draw(canvas)
@@ -151,6 +153,13 @@ def sheet(
     return canvas
 
 
+def _left(row_labels: Sequence[str]) -> int:
+    """Width of the row labels; that of a step's at least, so that sheets fit below each other."""
+    font = ImageFont.load_default(_LABEL)
+    labels = (_USUAL_LABEL, *row_labels)
+    return max(int(font.getlength(text)) for text in labels) + 2 * _MARGIN
+
+
 def _header(wrapped: Sequence[Sequence[str]]) -> int:
     return max(len(lines) for lines in wrapped) * (_LABEL + 3) + 2 * _MARGIN
 
@@ -158,20 +167,34 @@ def _header(wrapped: Sequence[Sequence[str]]) -> int:
 def stack_sheets(paths: Sequence[Path], column_labels: Sequence[str], side: int) -> Image.Image:
     """Put saved sheets of the same columns below each other, the column labels once.
 
+    Cells larger than 256 pixels are shown at 256: the sheets keep them, and a picture of a whole
+    run must stay one that can be opened.
+
     Args:
-        paths: PNG files of `sheet`, at least one.
+        paths: PNG files of `sheet`, at least one, whose row labels are no longer than a step's.
         column_labels: Their column labels.
         side: Side of their cells in pixels.
     """
-    sheets = [Image.open(path).convert("RGB") for path in paths]
-    font = ImageFont.load_default(_LABEL)
+    shown, left, font = min(side, _LARGEST_CELL), _left(()), ImageFont.load_default(_LABEL)
     top = _header([_wrap(text, side, font) for text in column_labels])
-    parts = [sheets[0], *(s.crop((0, top, s.width, s.height)) for s in sheets[1:])]
-    canvas = Image.new("RGB", (max(p.width for p in parts), sum(p.height for p in parts)), "white")
-    y = 0
-    for part in parts:
-        canvas.paste(part, (0, y))
-        y += part.height
+    strips = []
+    for path in paths:
+        with Image.open(path) as image:
+            for y in range(top, image.height, side + _MARGIN):
+                strips.append(image.convert("RGB").crop((0, y, image.width, y + side)))
+    blank = sheet([], [], column_labels, shown)
+    height = blank.height + len(strips) * (shown + _MARGIN)
+    canvas = Image.new("RGB", (blank.width, height), "white")
+    canvas.paste(blank, (0, 0))
+    for row, strip in enumerate(strips):
+        y, middle = blank.height + row * (shown + _MARGIN), side // 2
+        label = strip.crop((0, middle - _LABEL, left, middle + _LABEL))
+        canvas.paste(label, (0, y + shown // 2 - _LABEL))
+        for column in range(len(column_labels)):
+            x = left + column * (side + _MARGIN)
+            cell = strip.crop((x, 0, x + side, side))
+            cell = cell.resize((shown, shown), Image.Resampling.BICUBIC)
+            canvas.paste(cell, (left + column * (shown + _MARGIN), y))
     return canvas
 
 

@@ -48,6 +48,25 @@ def test_stacked_sheets_show_the_labels_once(tmp_path: Path) -> None:
     assert {RED, BLUE} <= colours(stack)
 
 
+def test_large_pictures_are_stacked_at_a_size_that_can_be_opened(tmp_path: Path) -> None:
+    paths = []
+    for label, colours_of in (("base model", (RED, BLUE)), ("step 000010", (BLUE, RED))):
+        cells = [picture(colour).resize((600, 600)) for colour in colours_of]
+        path = tmp_path / f"{label}.png"
+        plots.sheet([cells], [label], ["a prompt", "b"], 600).save(path)
+        paths.append(path)
+    stack = plots.stack_sheets(paths, ["a prompt", "b"], 600)
+    small = plots.sheet([[picture(RED)] * 2] * 2, ["base model", "x"], ["a prompt", "b"], 256)
+    assert stack.size == small.size
+    left, top = stack.width - 2 * 262, stack.height - 2 * 262
+    assert stack.getpixel((left + 128, top + 128)) == RED
+    assert stack.getpixel((left + 128, top + 262 + 128)) == BLUE
+    assert stack.getpixel((left + 262 + 128, top + 262 + 128)) == RED
+    for row in range(2):  # each has its label
+        y = top + row * 262
+        assert stack.crop((0, y, left, y + 256)).convert("L").getextrema()[0] < 100
+
+
 def allocation(step: int, budgets: dict[str, int]) -> dict[str, object]:
     rows = [{"name": n, "size": 10, "budget": b, "kept": 0} for n, b in budgets.items()]
     return {"event": "allocation", "step": step, "layers": rows}
