@@ -20,6 +20,7 @@ from snell_diffusion.diffusion.quantization import IMMOVABLE
 from snell_diffusion.errors import SnellaConfigError, SnellaError
 from snell_diffusion.training.adapter_tensors import tuner_layers
 from snell_diffusion.training.parallel import Parallel
+from snell_diffusion.tuners import DeltaLayer
 
 WORK = {
     "text": "encoding prompts",
@@ -185,7 +186,19 @@ def place(
     for name, model in models.items():
         if not offload and name not in pinned:
             model.to(device)
+    if offload:
+        forget_updates(components)
     return Phases(models, needs, device, offload=offload, pinned=pinned)
+
+
+def forget_updates(components: Mapping[str, nn.Module]) -> None:
+    """Have pictures build each layer's update anew in every denoising step instead of keeping it.
+
+    Kept, the updates of all layers take 4 bytes per adapted weight: more than a base in 4 bits.
+    """
+    for _, layer in tuner_layers(components):
+        if isinstance(layer, DeltaLayer):
+            layer.cache_in_eval = False
 
 
 def _place_adapters(components: Mapping[str, nn.Module], device: torch.device) -> None:

@@ -19,7 +19,7 @@ from snell_diffusion.diffusion.losses import squared_error
 from snell_diffusion.diffusion.memory.build import base_of, build
 from snell_diffusion.diffusion.memory.live import FakeDevice, backward, tensors_of
 from snell_diffusion.diffusion.memory.packed import pack
-from snell_diffusion.diffusion.phases import WORK, needs_of
+from snell_diffusion.diffusion.phases import WORK, forget_updates, needs_of
 from snell_diffusion.diffusion.quantization import IMMOVABLE
 from snell_diffusion.diffusion.sampling import decoded_at_once, drawn_at_once
 from snell_diffusion.diffusion.setup import (
@@ -103,6 +103,8 @@ def compute(config: TrainConfig) -> Computed:
         model.train()
         if config.gradient_checkpointing:
             checkpoint_activations(model)
+    if config.offload_encoders is not False:
+        forget_updates(components)
     half = None if config.mixed_precision == "no" else DTYPES[config.mixed_precision]
     run = _Run(config, family, pipe, components, FakeDevice(half))
     return Computed(family.name, sizes(components), dict(run.peaks()))

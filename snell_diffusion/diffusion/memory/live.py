@@ -8,7 +8,7 @@ the caching allocator's fragmentation.
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -129,11 +129,12 @@ class FakeDevice:
 
     Args:
         autocast: Dtype of the autocast that phases may turn on; None is none.
+        cuda: Count what code does on CUDA; otherwise what it does on the CPU.
     """
 
-    def __init__(self, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, autocast: torch.dtype | None = None, cuda: bool = True) -> None:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._autocast = autocast
+        self._autocast, self._habits = autocast, CudaHabits if cuda else nullcontext
 
     @contextmanager
     def counting(self, tensors: Iterable[Tensor] = ()) -> Iterator[LiveBytes]:
@@ -142,7 +143,7 @@ class FakeDevice:
         live.add(tensors)
         fake_tensor.CONSTANT_NUMEL_LIMIT = _READABLE
         try:
-            with self._mode, live, CudaHabits():
+            with self._mode, live, self._habits():
                 yield live
         finally:
             fake_tensor.CONSTANT_NUMEL_LIMIT = limit
@@ -150,7 +151,7 @@ class FakeDevice:
     @contextmanager
     def uncounted(self) -> Iterator[None]:
         """Make tensors that were there before, in a context that counts."""
-        with _disable_current_modes(), self._mode, CudaHabits():
+        with _disable_current_modes(), self._mode, self._habits():
             yield
 
     def autocast(self) -> torch.autocast:
