@@ -164,6 +164,7 @@ def fill(layer: DeltaLayer, adapter_name: str, tensors: Mapping[str, Tensor]) ->
             live.copy_(live_value(name, tensors[name], name).reshape(live.shape))
         elif name.endswith("_threshold"):
             live.fill_(torch.nan)
+    layer.reread(adapter_name)
 
 
 def activate(model: nn.Module, adapter_names: list[str]) -> None:

@@ -393,6 +393,7 @@ def _set_level(layer: Any, name: str, level: float | None) -> None:
     elif name in trained:
         for short, tensor in trained.pop(name).items():
             layer_tensors(layer, name)[short].copy_(tensor)
+        layer.reread(name)
 
 
 def _take_out(pipe: Any, models: Mapping[str, nn.Module], names: Sequence[str]) -> None:

@@ -295,6 +295,13 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """Forget the cached update; needed after writing through a frozen parameter's data."""
         self._cached = None
 
+    def reread(self, adapter: str) -> None:
+        """Bring what is remembered of an adapter's tensors up to date after they were written to.
+
+        Plain calls notice by themselves; compiled ones cannot look.
+        """
+        self.clear_cache()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # Moving and casting change a parameter's data without counting as a change of version.
         self.clear_cache()

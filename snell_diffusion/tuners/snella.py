@@ -224,9 +224,13 @@ class SnellaLayer(DeltaLayer):
         super().train(mode)
         # Compiled code reads the remembered levels; a switch of mode brings them up to date.
         for adapter in self.configs:
-            if not self.snella_sparsity[adapter].is_meta:
-                self._level(adapter)
+            self.reread(adapter)
         return self
+
+    def reread(self, adapter: str) -> None:
+        super().reread(adapter)
+        if not self.snella_sparsity[adapter].is_meta:
+            self._level(adapter)
 
     def _set_threshold(self, adapter: str, value: float) -> None:
         with torch.no_grad():

@@ -1,6 +1,7 @@
 """One graph for a whole adapted model, and what a change of strength or adapter costs."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from snell_diffusion import SnellaAttnProcessor
 from tests.registry.families import REGISTRY
 from tests.registry.made import Made
 from tests.registry.record import predict
-from tests.tiny_models import adapt
+from tests.tiny_models import adapt, hash_bytes
 
 QUICK = ["sd3", "flux", "longcat", "ovis_image", "cogvideox"]
 WHOLE = [name for name, family in REGISTRY.items() if not family.graph_break]
@@ -64,20 +65,44 @@ def test_where_it_fails_the_bare_family_fails(name: str) -> None:
         predict(family, torch.compile(model, backend="eager", fullgraph=True))
 
 
-def test_what_a_change_costs(made_for: Callable[[str], Made]) -> None:
-    """One compilation for each new combination of adapters and strengths; none for an old one."""
-    made = made_for("ovis_image")
-    family = made.family
-    pipe = family.pipe()
-    model = pipe.transformer
-    for name in ("a", "b"):
-        pipe.load_snella_weights(made.files[name], name)
+@pytest.fixture
+def pipe() -> Any:
+    """A pipeline with adapters "a" on two layers and "b" on one of them."""
+    family = REGISTRY["ovis_image"]
+    model = family.build()
+    targets = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k"]
+    adapt(model, "a", target_modules=targets)
+    adapt(model, "b", seed=5, target_modules=targets[:1])
+    return family.pipe(model)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+def test_what_a_change_costs(pipe: Any) -> None:
+    """Once torch has seen a strength change, strengths and levels are inputs of the graph."""
+    family, model = REGISTRY["ovis_image"], pipe.transformer
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    costs = []
-    for weights in ({"b": 1.0}, {"a": 1.0}, {"a": 0.5}, {"b": 1.0}, {"a": 0.5}):
-        pipe.set_snella_adapters(list(weights), list(weights.values()))
+    expected = {}
+
+    def cost(name: str, strength: float, level: float | None = None) -> int:
+        pipe.set_snella_adapters(name, strength)
+        pipe.set_snella_sparsity(level, name)
         before = counter.frame_count
-        assert torch.equal(predict(family, compiled), made.merged(weights))
-        costs.append(counter.frame_count - before)
-    assert costs == [1, 1, 1, 0, 0]
+        plain = expected[name, strength, level] = predict(family, model)
+        assert torch.equal(predict(family, compiled), plain)
+        return counter.frame_count - before
+
+    assert [cost("b", 1.0), cost("a", 1.0), cost("a", 0.5), cost("b", 1.0)] == [1, 1, 1, 1]
+    assert [cost("a", 0.5), cost("a", 1.0), cost("a", 0.7), cost("b", 1.0)] == [0, 0, 0, 0]
+    assert [cost("a", 1.0, 0.9), cost("a", 1.0), cost("a", 1.0, 0.8)] == [0, 0, 0]
+    hashes = {hash_bytes(prediction) for prediction in expected.values()}
+    assert len(hashes) == len(expected) == 6
+
+
+def test_a_file_loaded_just_before_compiling(made_for: Callable[[str], Made]) -> None:
+    """No plain call in between: what compiled code cannot read must be there already."""
+    made = made_for("longcat")
+    pipe = made.family.pipe()
+    pipe.load_snella_weights(made.files["b"])
+    compiled = torch.compile(pipe.transformer, backend="eager", fullgraph=True)
+    assert torch.equal(predict(made.family, compiled), made.merged({"b": 1.0}))
