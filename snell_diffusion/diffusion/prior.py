@@ -67,6 +67,28 @@ def class_images(config: TrainConfig, folder: RunFolder) -> list[ClassImages]:
     ]
 
 
+def require_recipes(config: TrainConfig, folder: RunFolder) -> None:
+    """Refuse class images that do not fit a new run, also where enough of them are there.
+
+    Raises:
+        SnellaConfigError: They were generated with another prompt or base, or two concepts with
+            different class prompts would share a folder.
+    """
+    prompts: dict[Path, str] = {}
+    for images in class_images(config, folder):
+        other = prompts.setdefault(images.folder.resolve(), images.prompt)
+        if other != images.prompt:
+            raise SnellaConfigError(
+                f"concepts of class_prompt '{other}' and '{images.prompt}' have the same "
+                f"class_data_dir '{images.folder}': give each its own"
+            )
+        check_recipe(images.folder, _recipe(config, images))
+
+
+def _recipe(config: TrainConfig, images: ClassImages) -> dict[str, str]:
+    return {"prompt": images.prompt, "base": config.pretrained_model_name_or_path}
+
+
 def check_recipe(folder: Path, recipe: dict[str, str]) -> None:
     """Refuse class images that were generated with another prompt or base.
 
@@ -88,7 +110,8 @@ def check_recipe(folder: Path, recipe: dict[str, str]) -> None:
         if given[key] != value:
             raise SnellaConfigError(
                 f"the class images in '{folder}' were generated with {key} '{given[key]}', "
-                f"this run has '{value}'; choose another class_data_dir or empty this one"
+                f"this run has '{value}'; choose another class_data_dir or empty this one (if they "
+                f"fit all the same, remove its {RECIPE})"
             )
 
 
@@ -113,7 +136,7 @@ def complete_images(
     present = len(images.given())
     if present >= wanted:
         return
-    recipe = {"prompt": images.prompt, "base": config.pretrained_model_name_or_path}
+    recipe = _recipe(config, images)
     check_recipe(folder, recipe)
     write_json(folder / RECIPE, recipe)
     progress(present, wanted)

@@ -28,7 +28,12 @@ from snell_diffusion.diffusion.licence import base_licence
 from snell_diffusion.diffusion.new_tokens import require_words_used
 from snell_diffusion.diffusion.objective import build_loss, build_probe
 from snell_diffusion.diffusion.optimization import build_state, loop_settings, start_processes
-from snell_diffusion.diffusion.prior import ClassImages, class_images, complete_images
+from snell_diffusion.diffusion.prior import (
+    ClassImages,
+    class_images,
+    complete_images,
+    require_recipes,
+)
 from snell_diffusion.diffusion.results import RunResult, save_result
 from snell_diffusion.diffusion.run_folder import RunFolder, identity, require_same
 from snell_diffusion.diffusion.sampling import Sampler
@@ -88,6 +93,8 @@ def run(config: TrainConfig, on_event: OnEvent | None = None) -> RunResult:
     try:
         with StopRequest(launcher_pid()) as stop:
             if config.dry_run:
+                if config.resume_from_checkpoint is None:
+                    require_recipes(config, folder)
                 return dry_run(config, photos, parallel, stop, on_event)
             trainer = Trainer(config, folder, photos, parallel, stop, on_event, repository)
             return trainer.run()
@@ -133,6 +140,8 @@ class Trainer:
         self._closing = ExitStack()
         self._notes: list[str] = []
         checkpoint = self._find_checkpoint()
+        if checkpoint is None:  # a resumed run compares the images themselves
+            require_recipes(config, folder)
         self._model = build_model(config, parallel.device, parallel)
         self._notes += photos.summary(config, shapes(config, self._model.family.multiple))
         self._notes += size_notes(config, self._model)

@@ -213,6 +213,15 @@ def test_class_images_of_two_concepts_are_other_pictures(tmp_path: Path) -> None
     assert [some.concept for some in class_images(config, RunFolder(config))] == [1]
 
 
+def test_two_classes_do_not_share_a_folder(tmp_path: Path) -> None:
+    config = two(tmp_path, tmp_path, with_prior_preservation=True)
+    shared = {"class_data_dir": str(tmp_path / "class")}
+    config = replace(config, concepts=[replace(c, **shared) for c in config.concepts])
+    with pytest.raises(SnellaConfigError, match=r"'a dog' and 'a cat' have the same class_data_d"):
+        run(config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_drift_is_measured_on_all_concepts(tmp_path: Path) -> None:
     config = two(tmp_path, tmp_path)
     photos = found(config)

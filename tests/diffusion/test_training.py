@@ -433,9 +433,11 @@ def test_overwrite_replaces_our_files_and_leaves_others(tiny_base: Path, tmp_pat
     assert not (folder / "samples/step-000900.png").exists()
 
 
+@pytest.mark.parametrize("wanted, trial", [(5, False), (3, False), (3, True)])
 def test_class_images_of_another_recipe_are_refused(
-    full: Any, tiny_base: Path, tmp_path: Path
+    full: Any, tiny_base: Path, tmp_path: Path, wanted: int, trial: bool
 ) -> None:
+    """Before anything is written, and also where no more are to be generated."""
     _, result, _ = full
     settings = config(
         tiny_base,
@@ -443,12 +445,14 @@ def test_class_images_of_another_recipe_are_refused(
         class_data_dir=str(result.output_dir / "class_images"),
         class_prompt="a dog",
         with_prior_preservation=True,
-        num_class_images=5,
+        num_class_images=wanted,
+        dry_run=trial,
     )
     with pytest.raises(
         SnellaConfigError, match="generated with prompt 'a cat', this run has 'a do"
     ):
         run(settings)
+    assert not (tmp_path / "run").exists()
 
 
 def test_dry_run_checks_all_and_writes_nothing(
