@@ -34,15 +34,19 @@ def open_photo(path: Path) -> Image.Image:
     return read_photo(path)[0]
 
 
-def read_photo(path: Path) -> tuple[Image.Image, str]:
+def read_photo(path: Path, behind: str = "white") -> tuple[Image.Image, str]:
     """A photo as `open_photo` gives it, and the SHA-256 of the file in hex.
+
+    Args:
+        path: Its file.
+        behind: The colour that shows where it is transparent.
 
     Raises:
         PhotoError: See `open_photo`.
     """
     try:
         with _open_regular(path) as file:
-            picture = _decode(file)
+            picture = _decode(file, behind)
             file.seek(0)
             return picture, hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError as error:
@@ -71,7 +75,7 @@ def _check_file(found: os.stat_result) -> None:
         raise PhotoError(f"has {found.st_size >> 20} MiB, more than {MAX_FILE_BYTES >> 20}")
 
 
-def _decode(file: BinaryIO) -> Image.Image:
+def _decode(file: BinaryIO, behind: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             # Size is checked below with a message of our own.
@@ -80,7 +84,7 @@ def _decode(file: BinaryIO) -> Image.Image:
                 _check(image)
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
-                picture = _to_rgb(image)
+                picture = _to_rgb(image, behind)
     except PhotoError:
         raise
     except UnidentifiedImageError as error:
@@ -109,12 +113,12 @@ def _check(image: Image.Image) -> None:
         raise PhotoError(f"is animated ({frames} frames): save one of them as a picture")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, behind: str) -> Image.Image:
     if image.mode.startswith("I"):
         return _deep_grey(image)
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, behind), rgba).convert("RGB")
     return image.convert("RGB")
 
 

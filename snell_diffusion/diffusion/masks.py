@@ -74,10 +74,12 @@ def check_mask(paths: Sequence[Path], photo: Image.Image) -> Mask | None:
 def read_mask(path: Path) -> tuple[Image.Image, str]:
     """A mask as an upright grey picture, and the SHA-256 of its file in hex.
 
+    What is transparent in it is black: a subject that was cut out is left on nothing.
+
     Raises:
         PhotoError: See `read_photo`.
     """
-    picture, digest = read_photo(path)
+    picture, digest = read_photo(path, behind="black")
     return picture.convert("L"), digest
 
 

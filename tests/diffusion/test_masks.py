@@ -12,10 +12,11 @@ from PIL import Image
 
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.data import Search, data_digest, find_photos
+from snell_diffusion.diffusion.decoding import open_photo
 from snell_diffusion.diffusion.framing import View
 from snell_diffusion.diffusion.inputs import Photos
 from snell_diffusion.diffusion.losses import squared_error
-from snell_diffusion.diffusion.masks import loss_weights
+from snell_diffusion.diffusion.masks import loss_weights, read_mask
 from snell_diffusion.diffusion.pixels import read_mask_pixels
 from snell_diffusion.diffusion.run_folder import RunFolder
 from snell_diffusion.diffusion.views import Draws
@@ -84,6 +85,16 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "alone": (lambda f: half().save(f / "b.mask.png"), "b.mask.png is a mask without a photo"),
     "twice": (twice, "a.png has 2 masks: a.mask.png, a.png"),
 }
+
+
+def test_what_is_transparent_in_a_mask_is_black(tmp_path: Path) -> None:
+    """As in a subject that was cut out; in a photo it is white."""
+    cut_out = Image.new("RGBA", (32, 24), (255, 255, 255, 0))
+    cut_out.paste((255, 255, 255, 255), (0, 0, 16, 24))
+    cut_out.save(tmp_path / "a.mask.png")
+    picture, _ = read_mask(tmp_path / "a.mask.png")
+    assert picture.tobytes() == half().convert("L").tobytes()
+    assert open_photo(tmp_path / "a.mask.png").getextrema() == ((255, 255),) * 3
 
 
 @pytest.mark.parametrize("kind", BAD)
