@@ -10,10 +10,12 @@ and deleted at any time.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,9 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from snell_diffusion.adapters.identity import config_hash
+from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.files import sweep, write_with
 
 _LAYOUT = 1
+_STALE_SECONDS = 24 * 3600.0  # runs on other machines may be writing entries here, too
 _PACKAGES = ("diffusers", "transformers", "pillow")
 
 Tensors = dict[str, Tensor]
@@ -72,6 +76,23 @@ class Cache:
         """Whether anything is kept on disk."""
         return self._folder is not None
 
+    def check(self) -> None:
+        """Refuse a folder that nothing can be kept in; writes nothing.
+
+        Raises:
+            SnellaConfigError: It is no folder and cannot become one, or must not be written to.
+        """
+        if self._folder is None:
+            return
+        path = self._folder.absolute()
+        place = next(p for p in (path, *path.parents) if os.path.lexists(p))
+        reason = "may not be written to" if place.is_dir() else "is not a folder"
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise SnellaConfigError(
+                f"cache_dir '{self._folder}' cannot be used: '{place}' {reason}; name another "
+                f"folder, or leave it out to keep the cache in memory"
+            )
+
     def get(self, kind: str, depends_on: Mapping[str, Any], make: Callable[[], Tensors]) -> Tensors:
         """The tensors of an entry, on the CPU where they come from disk.
 
@@ -116,9 +137,13 @@ def fingerprint(kind: str, depends_on: Mapping[str, Any]) -> str:
 
 def _save(path: Path, mark: str, tensors: Tensors) -> None:
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    sweep(path.parent)
+    sweep(path.parent, _STALE_SECONDS)
     metadata = {"fingerprint": mark, "sha256": _digest(tensors)}
-    write_with(path, lambda temporary: save_file(tensors, temporary, metadata), durable=False)
+
+    def write(temporary: Path) -> None:
+        save_file(tensors, temporary, metadata)
+
+    write_with(path, write, durable=False, mark=f"{uuid4().hex}-")
 
 
 def _load(path: Path, mark: str) -> Tensors | None:

@@ -31,6 +31,7 @@ from snell_diffusion.diffusion.config_types import (
 from snell_diffusion.diffusion.timesteps import WeightingScheme
 
 _FROZEN, _help = FROZEN, described
+_SMALLEST_SIDE, _LARGEST_SIDE = 8, 4096  # pixels
 
 
 @dataclass(**_FROZEN)
@@ -113,18 +114,19 @@ class Data:
         "Share of samples trained with the empty prompt instead of theirs, 0 to 1; about 0.05 to "
         "0.1 keeps classifier-free guidance in step with the subject. Class images keep theirs.",
     )
-    resolution: Annotated[int, Field(ge=8, le=4096)] = _help(
+    resolution: Annotated[int, Field(ge=_SMALLEST_SIDE, le=_LARGEST_SIDE)] = _help(
         512, "Side of the square training pictures in pixels, 8 to 4096, a multiple of 8."
     )
     aspect_ratio_buckets: str | None = _help(
         None,
         "Train photos in their own aspect ratio, about resolution x resolution pixels in all: auto "
-        "(true in YAML), or shapes as height,width;height,width. Default: squares.",
+        "(true in YAML), or shapes as height,width;height,width, sides 8 to 4096. Default: "
+        "squares.",
     )
     bucket_step: Count | None = _help(
         None,
-        "Sides of the shapes of auto are multiples of this many pixels; at least 1. Default: an "
-        "eighth of resolution, at most 64.",
+        "Sides of the shapes of auto are multiples of this many pixels, 1 to resolution. Default: "
+        "an eighth of resolution, at most 64.",
     )
     masked_loss: bool = _help(
         False,
@@ -144,7 +146,7 @@ class Data:
     cache_latents: bool = _help(
         True, "Encode every photo once and keep the latents in memory; the VAE then leaves the GPU."
     )
-    cache_dir: str | None = _help(
+    cache_dir: Annotated[str, Field(min_length=1)] | None = _help(
         None,
         "Keep latents and text embeddings in this folder for later runs, each under a fingerprint "
         "of encoder weights, preprocessing and photo or caption. Default: in memory only.",
@@ -460,7 +462,12 @@ class TrainConfig(Run, Feedback, Optimization, Method, Prior, Data, BaseModel):
     @classmethod
     def _pairs_of_sides(cls, value: str | None) -> str | None:
         pair = r"[1-9]\d*,[1-9]\d*"
-        if value in (None, "auto") or re.fullmatch(f"{pair}(;{pair})*", str(value)):
+        if value is None or value == "auto":
+            return value
+        if re.fullmatch(f"{pair}(;{pair})*", value):
+            sides = [int(side) for side in re.findall(r"\d+", value)]
+            if not all(_SMALLEST_SIDE <= side <= _LARGEST_SIDE for side in sides):
+                raise ValueError(f"should have sides of {_SMALLEST_SIDE} to {_LARGEST_SIDE} pixels")
             return value
         raise ValueError("should be auto or height,width;height,width, for example 512,768;768,512")
 
@@ -509,6 +516,14 @@ class TrainConfig(Run, Feedback, Optimization, Method, Prior, Data, BaseModel):
                 "early_stopping_patience needs validation_steps and held-out photos "
                 "(num_validation_photos or validation_data_dir)"
             )
+        if self.bucket_step is not None:
+            if self.aspect_ratio_buckets != "auto":
+                raise ValueError("bucket_step has no effect without aspect_ratio_buckets auto")
+            if self.bucket_step > self.resolution:
+                raise ValueError(
+                    f"bucket_step must be at most resolution, {self.resolution}, or every shape "
+                    f"would be larger; got {self.bucket_step}"
+                )
         if self.initializer_token is not None and not self.new_tokens:
             raise ValueError("initializer_token is what new_tokens start as: give new_tokens too")
         if self.hub_model_id is not None and not self.push_to_hub:

@@ -88,6 +88,7 @@ def run(config: TrainConfig, on_event: OnEvent | None = None) -> RunResult:
     if not config.dry_run:
         folder.check()
     _require_tracker(config)
+    _cache_of(config).check()
     repository = require_hub(config)
     parallel = start_processes(config)
     try:
@@ -103,6 +104,10 @@ def run(config: TrainConfig, on_event: OnEvent | None = None) -> RunResult:
         # Another run in this process may use another precision.
         AcceleratorState._reset_state()
         gc.collect()
+
+
+def _cache_of(config: TrainConfig) -> Cache:
+    return Cache(None if config.cache_dir is None else Path(config.cache_dir))
 
 
 def _require_tracker(config: TrainConfig) -> None:
@@ -262,7 +267,7 @@ class Trainer:
             strategy=self._parallel.name,
         )
         prior = self._class_images()
-        cache = Cache(None if config.cache_dir is None else Path(config.cache_dir))
+        cache = _cache_of(config)
         self._loss = build_loss(
             config, model, self._photos.instance, prior, self._parallel, self._closing, cache
         )

@@ -6,9 +6,11 @@ behind; the next run in the same folder removes what belongs to no living proces
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -73,10 +75,15 @@ def abandoned(pid: int) -> bool:
     return pid in (0, os.getpid()) or not process_alive(pid)
 
 
-def sweep(folder: Path) -> None:
+def sweep(folder: Path, older: float = 0.0) -> None:
     """Remove the unfinished files and folders of dead processes from `folder` (no subfolders).
 
     Those under this process's own id go too, see `abandoned`.
+
+    Args:
+        folder: Where to look; it may be missing.
+        older: Leave what was touched within that many seconds. Above 0 where processes of other
+            machines or containers write too: whether they live cannot be told from here.
 
     Raises:
         OutputError: Something cannot be removed.
@@ -85,8 +92,16 @@ def sweep(folder: Path) -> None:
         return
     for entry in folder.iterdir():
         match = _TEMPORARY.fullmatch(entry.name)
-        if match and abandoned(int(match[1])):
+        if match and abandoned(int(match[1])) and _untouched(entry) >= older:
             remove(entry)
+
+
+def _untouched(path: Path) -> float:
+    """Seconds since something was last written; endless if it is gone by now."""
+    try:
+        return max(0.0, time.time() - path.lstat().st_mtime)
+    except FileNotFoundError:
+        return math.inf
 
 
 def remove(path: Path) -> None:
@@ -111,18 +126,22 @@ def remove(path: Path) -> None:
         ) from error
 
 
-def write_with(path: Path, write: Callable[[Path], object], *, durable: bool = True) -> None:
+def write_with(
+    path: Path, write: Callable[[Path], object], *, durable: bool = True, mark: str = ""
+) -> None:
     """Let `write` fill a temporary sibling of `path`, then rename it into place.
 
     Args:
         path: Final file; its folder is made if it is missing.
         write: Called with the temporary path (same suffix as `path`).
         durable: Also fsync the file and its folder. False for files that are only informative.
+        mark: Tells this write from one of another machine or container under the same process id,
+            where such may write the same file; begins the temporary name.
 
     Raises:
         OutputError: The disk refused the write; `path` is what it was before.
     """
-    temporary = path.with_name(temporary_name(path.name))
+    temporary = path.with_name(temporary_name(f"{mark}{path.name}"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)

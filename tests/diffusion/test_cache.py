@@ -1,6 +1,7 @@
 """What is encoded once may lie on disk: an entry answers for exactly what it was made from."""
 
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from snell_diffusion.diffusion import cache as caches
 from snell_diffusion.diffusion.cache import Cache, fingerprint, model_digest, tokenizer_digest
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.training import run
+from snell_diffusion.errors import SnellaConfigError
 from tests import tiny_models
 from tests.diffusion.training_runs import config
 
@@ -89,6 +91,40 @@ def test_a_trial_reads_and_writes_nothing(tmp_path: Path) -> None:
     ask(tmp_path / "cache", writable=False)
     assert not (tmp_path / "cache").exists()
     assert Cache(None).get("latents", KEY, lambda: {"x": torch.ones(1)})["x"] == 1
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_cache_that_cannot_be_written_is_refused_first(
+    tiny_base: Path, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "file").touch()
+    settings = config(tiny_base / "nowhere", tmp_path, cache_dir=str(tmp_path / place))
+    with pytest.raises(SnellaConfigError, match=r"cache_dir .* '.*/file' is not a folder; name an"):
+        run(settings)
+    assert not (tmp_path / "run").exists()
+    Cache(tmp_path / "new" / "folder").check()
+    assert not (tmp_path / "new").exists()
+
+
+def test_runs_elsewhere_may_write_the_same_entry(tmp_path: Path) -> None:
+    """Processes of other machines and containers: their ids mean nothing here, or are our own."""
+    folder = tmp_path / "latents"
+    folder.mkdir()
+    theirs = [folder / f".tmp-{pid}-x.safetensors" for pid in (2**22 + 1, os.getpid())]
+    old = folder / f".tmp-{2**22 + 1}-old.safetensors"
+    for path in (*theirs, old):
+        path.touch()
+    os.utime(old, (0, 0))
+
+    def made_by_another() -> dict[str, torch.Tensor]:
+        # While we make it, a process with our id writes the same entry.
+        (folder / f".tmp-{os.getpid()}-{fingerprint('latents', KEY)}.safetensors").mkdir()
+        return made()
+
+    Cache(tmp_path).get("latents", KEY, made_by_another)
+    assert ask(tmp_path)[0].found == 1
+    assert all(path.exists() for path in theirs)
+    assert not old.exists()
 
 
 def test_fingerprints_tell_everything_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,13 @@ def test_a_file_of_concepts_holds_a_list(tmp_path: Path) -> None:
         ),
         ({"caption_templates": ["a photo"]}, "caption_templates should hold {} once"),
         ({"aspect_ratio_buckets": "64x64"}, "aspect_ratio_buckets should be auto or height,width"),
+        ({"aspect_ratio_buckets": "8192,8"}, "aspect_ratio_buckets should have sides of 8 to 4096"),
+        ({"bucket_step": 8}, "bucket_step has no effect without aspect_ratio_buckets auto"),
+        (
+            {"aspect_ratio_buckets": "auto", "resolution": 64, "bucket_step": 128},
+            "bucket_step must be at most resolution, 64, or every shape",
+        ),
+        ({"cache_dir": ""}, "cache_dir .* should have at least 1 character"),
         ({"caption_dropout": 1.5}, "caption_dropout should be less than or equal to 1"),
         ({"noise_offset": -1}, "noise_offset should be greater than or equal to 0"),
     ],
