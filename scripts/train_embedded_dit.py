@@ -3,7 +3,7 @@
     python scripts/train_embedded_dit.py all --work runs/embedded
 
 The work folder is the one of train_embedded_base.py, which makes shards, tokenizer and probe; text
-encoder and autoencoder are those of the exported base. Stages: dit (75 min on one core, resumes),
+encoder and autoencoder are those of the exported base. Stages: dit (65 min on one core, resumes),
 export, score (2 min).
 """
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "snell_diffusion" / "models"
 BASE, DIT = MODELS / "embedded", MODELS / "embedded_dit"
 DOCS = ROOT / "docs" / "embedded_base"
-CONFIG = BaseConfig(steps=14_000, batch=64, lr=2e-3, full_from=2000)
+CONFIG = BaseConfig(steps=12_000, batch=64, lr=2e-3, full_from=2000)
 SEED = 0
 
 
@@ -43,10 +43,15 @@ def stage_export(args: argparse.Namespace) -> None:
 
 def stage_score(args: argparse.Namespace) -> None:
     """Score the exported folder on held-out prompts; write the scores and the grid."""
-    pipeline = StableDiffusion3Pipeline.from_pretrained(args.target, local_files_only=True)
-    state = torch.load(args.work / "dit.pt")
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        args.target, text_encoder_3=None, tokenizer_3=None, local_files_only=True
+    )
+    probe, state = load_probe(args.work / "probe.pt"), torch.load(args.work / "dit.pt")
     scores = {
-        **prompt_scores(pipeline, load_probe(args.work / "probe.pt"), args.prompts, SEED),
+        **prompt_scores(pipeline, probe, args.prompts, SEED),
+        "without_padding": prompt_scores(
+            pipeline, probe, args.prompts, SEED, max_sequence_length=0
+        ),
         "dit": {k: state[k] for k in ("step", "samples", "process_s", "config")},
     }
     args.docs.mkdir(parents=True, exist_ok=True)

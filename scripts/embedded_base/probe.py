@@ -7,6 +7,7 @@ drawn and not how sharp it is), never from generated pictures.
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,8 +122,14 @@ def accuracy_by_class(probe: Probe, x: Tensor, whats: list[Composite]) -> dict[s
     return {n: round(float(np.mean(v)), 3) for n, v in by_class.items() if v}
 
 
-def generate(pipeline, whats: list[Composite], seed: int, guidance: float, steps: int) -> Tensor:
-    """Pictures of the plain prompts, (B, 3, 64, 64) in [-1, 1], 25 at a time."""
+def generate(
+    pipeline, whats: list[Composite], seed: int, guidance: float, steps: int, **options: Any
+) -> Tensor:
+    """Pictures of the plain prompts, (B, 3, 64, 64) in [-1, 1], 25 at a time.
+
+    Args:
+        options: Of the pipeline's call.
+    """
     pipeline.set_progress_bar_config(disable=True)
     parts = []
     for start in range(0, len(whats), 25):
@@ -132,6 +139,7 @@ def generate(pipeline, whats: list[Composite], seed: int, guidance: float, steps
             guidance_scale=guidance,
             generator=torch.Generator().manual_seed(seed + start),
             output_type="np",
+            **options,
         ).images
         parts.append(to_tensor(images * 255))
     return torch.cat(parts)

@@ -15,12 +15,16 @@ GUIDANCE, SAMPLING_STEPS = 3.0, 20
 
 
 def prompt_scores(
-    pipeline: DiffusionPipeline, probe: Probe, prompts: int, seed: int
+    pipeline: DiffusionPipeline, probe: Probe, prompts: int, seed: int, **options: Any
 ) -> dict[str, Any]:
-    """Shares of right answers on held-out prompts, in [0, 1], and what sampling cost."""
+    """Shares of right answers on held-out prompts, in [0, 1], and what sampling cost.
+
+    Args:
+        options: Of the pipeline's call.
+    """
     whats = held_out_prompts(prompts, seed)
     started = time.process_time()
-    x = generate(pipeline, whats, seed, GUIDANCE, SAMPLING_STEPS)
+    x = generate(pipeline, whats, seed, GUIDANCE, SAMPLING_STEPS, **options)
     per_picture = (time.process_time() - started) / len(whats)
     early = [w.noun in EARLY_CLASSES for w in whats]
     return {
@@ -32,6 +36,7 @@ def prompt_scores(
         "sampling": {
             "guidance_scale": GUIDANCE,
             "steps": SAMPLING_STEPS,
+            **options,
             "process_s_per_picture": round(per_picture, 3),
         },
     }
