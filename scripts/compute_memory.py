@@ -36,8 +36,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "as in the file": {},
     "no gradient checkpointing": {"gradient_checkpointing": False},
     "everything stays on the GPU": {"offload_encoders": False},
-    "rank 64": {"rank": 64},
-    "AdamW8bit": {"optimizer": "bitsandbytes.optim.AdamW8bit"},
     "torchao_int8 base": {"base_quantization": "torchao_int8"},
     "bnb_nf4 base": {"base_quantization": "bnb_nf4"},
 }
@@ -70,11 +68,12 @@ def figures(name: str, changes: dict[str, Any]) -> dict[str, Any]:
 def header(found: dict[str, Any]) -> str:
     """The lines of a config that tell its memory."""
     peaks = found["peaks"]
-    parts = ", ".join(f"{PHASES[phase]} {gib}" for phase, gib in peaks.items())
+    parts = ", ".join(f"{PHASES[phase]} {peaks[phase]}" for phase in PHASES if phase in peaks)
     most = max(peaks.values())
     return (
         f"# Memory: {most} GiB on the GPU, computed with fake tensors, not measured\n"
-        f"#   ({parts}); about 1 GiB more for CUDA itself.\n"
+        f"#   ({parts});\n"
+        f"#   about 1 GiB more for CUDA itself.\n"
     )
 
 
