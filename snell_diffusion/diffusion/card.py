@@ -91,7 +91,7 @@ def write_card(
         photos=f"{photos} photo{'s' if photos > 1 else ''}",
         words=_words(config),
         usage=_usage(config, facts),
-        steps=config.max_train_steps,
+        steps=result.step,
         batch=config.train_batch_size,
         rate=config.learning_rate,
         trainable=result.sizes.trainable,

@@ -51,9 +51,9 @@ class RunResult:
 
 
 def save_result(
-    config: TrainConfig, pipe: Any, components: dict[str, nn.Module], path: Path
+    config: TrainConfig, pipe: Any, components: dict[str, nn.Module], path: Path, step: int
 ) -> None:
-    """Write the adapter file of the run to `path`, atomically."""
+    """Write the adapter file of the run, as it was after optimizer step `step`, atomically."""
     if config.method == "lora":
         _save_lora(components, path, type(pipe))
         _save_words(components, path.parent)
@@ -61,7 +61,7 @@ def save_result(
     metadata = {
         "instance_prompt": config.subjects[0].instance_prompt,
         "class_prompt": config.subjects[0].class_prompt or "",
-        "steps": config.max_train_steps,
+        "steps": step,
         "learning_rate": config.learning_rate,
         "resolution": config.resolution,
         "seed": config.seed,

@@ -423,7 +423,8 @@ class Trainer:
         adapter = self._folder.path / self._folder.adapter_file
         if main:
             with self._feedback.shown_weights(), self._parallel.as_loaded(components):
-                save_result(self._config, self._model.pipe, components, adapter)
+                step = self._state.step if best is None else best.step
+                save_result(self._config, self._model.pipe, components, adapter, step)
         result = RunResult(
             output_dir=self._folder.path,
             adapter_path=adapter,

@@ -71,6 +71,7 @@ def test_a_run_stops_and_keeps_the_best(stopped: tuple[TrainConfig, RunResult]) 
     assert (status["state"], status["step"], status["kept_step"]) == ("finished", 4, 2)
     card = (result.output_dir / "README.md").read_text()
     assert "| kept | the best adapter measured, step 2; stopped early at step 4 |" in card
+    assert "| steps, batch, learning rate | 4, 2, " in card
     notes = [e["message"] for e in result.history if e["event"] == "note"]
     told = "kept is the best adapter measured, step 2, held-out loss 1.0000"
     assert any(told in note for note in notes)
@@ -83,6 +84,7 @@ def test_the_kept_adapter_is_that_of_its_step(stopped: tuple[TrainConfig, RunRes
     last = folder.load(folder.path(4)).tensors["adapter"]
     saved = read_adapter(result.adapter_path).tensors
     factors = [name for name in saved if name.endswith("snella_A")]
+    assert read_adapter(result.adapter_path).header.metadata["steps"] == 2
     assert all(torch.equal(saved[name], then[f"{name}.default"]) for name in factors)
     assert not all(torch.equal(saved[name], last[f"{name}.default"]) for name in factors)
 
