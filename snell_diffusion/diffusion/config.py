@@ -409,8 +409,8 @@ class Run:
     hub_private_repo: bool = _help(False, "Make the repository private, if it is made here.")
     dry_run: bool = _help(
         False,
-        "Load all, check all photos, do a few steps, draw a picture where the run will; print sizes, "
-        "time and the peak memory of every phase; write nothing.",
+        "Load all, check all photos, do a few steps, draw a picture where the run will; print "
+        "sizes, time and the peak memory of every phase; write nothing.",
     )
 
 
