@@ -33,7 +33,7 @@ def require_hub(config: TrainConfig) -> str | None:
     if constants.HF_HUB_OFFLINE:
         raise SnellaConfigError(
             "push_to_hub needs the network, but HF_HUB_OFFLINE is set: unset it, or leave "
-            "push_to_hub off and upload the run folder later"
+            "push_to_hub off and upload later by --push_to_hub --resume_from_checkpoint latest"
         )
     if get_token() is None:
         raise SnellaConfigError(f"push_to_hub needs a token of the Hugging Face hub: {_LOGIN}")
@@ -74,7 +74,8 @@ def upload(repository: str, config: TrainConfig, files: list[Path]) -> str:
         raise UploadError(
             f"the run is complete in '{folder}', but uploading it to {repository} failed: "
             f"{_first_line(error)}. Try again with --resume_from_checkpoint latest, which trains "
-            f"nothing anew, or by `hf upload {repository} {folder}`"
+            f"nothing anew. Do not upload the folder by hand: it also holds checkpoints, the log "
+            f"and class images"
         ) from error
     return str(made)
 

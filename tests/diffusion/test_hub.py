@@ -104,7 +104,10 @@ def test_a_refused_upload_loses_nothing_and_is_not_silent(
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "finished"
     assert "uploading it to me/cat failed" in status["message"]
-    assert "hf upload me/cat" in (tmp_path / "run" / "log.jsonl").read_text()
+    log = (tmp_path / "run" / "log.jsonl").read_text()
+    assert "Try again with --resume_from_checkpoint latest" in log
+    # That would upload the whole folder.
+    assert "hf upload" not in log
     adapter = tmp_path / "run" / "pytorch_snella_weights.safetensors"
     kept = adapter.read_bytes()
 
