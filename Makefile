@@ -14,10 +14,11 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -q
 export TORCH_INDEX
 export GRADIO_ANALYTICS_ENABLED := False
 
-.PHONY: help setup demo test test-full reliability defences lint format app docs
+.PHONY: help setup demo demo-dit test test-full reliability defences lint format app docs
 
 help:
 	@echo "make demo       train SNELLA on photos of a cup and draw one picture, runs/demo/demo.png"
+	@echo "make demo-dit   the same on a diffusion transformer, runs/demo-dit/demo.png"
 	@echo "make test       the test suite          make test-full  also the slow tiers"
 	@echo "make reliability  test-full, and write its figures to docs/reliability.md"
 	@echo "make defences   take out each defence in a copy of the tree and see its tests fail"
@@ -33,7 +34,10 @@ $(READY):
 setup: $(READY)
 
 demo: $(READY)
-	$(BIN)/python -m scripts.demo
+	$(BIN)/python -m scripts.demo configs/dreambooth/demo.yaml
+
+demo-dit: $(READY)
+	$(BIN)/python -m scripts.demo configs/dreambooth/demo_dit.yaml
 
 test: $(READY)
 	$(PYTEST)

@@ -1,9 +1,10 @@
-"""The demo behind `make demo`: photos -> SNELLA training -> one picture, on any machine.
+"""The demos behind `make demo` and `make demo-dit`: photos -> SNELLA training -> one picture.
 
-Writes below runs/demo: photos/ and holdout/ (see demo_photos.py), the run folder of the training,
-and demo.png. Run it as `python -m scripts.demo` from the root of the project.
+Writes beside the run folder that the config names: photos/ and holdout/ (see demo_photos.py), and
+demo.png. Run it as `python -m scripts.demo CONFIG` from the root of the project.
 """
 
+import argparse
 import json
 import os
 import resource
@@ -15,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = Path("runs") / "demo"
-CONFIG = Path("configs") / "dreambooth" / "demo.yaml"
 SUBJECT = "a sks bowl"
 PROMPTS = (
     f"a photo of {SUBJECT} on a wooden floor",
@@ -35,37 +34,40 @@ STEPS = 50
 GUIDANCE = 3.0
 
 
-def train() -> None:
+def train(config: Path) -> None:
     """Run the training script in a process of its own; its output goes to the terminal."""
     command = [str(Path(sys.executable).with_name("accelerate")), "launch"]
-    command += ["train_dreambooth_snella.py", "--config", str(CONFIG)]
+    command += ["train_dreambooth_snella.py", "--config", str(config)]
     print("\n$ " + " ".join(["accelerate", *command[1:]]), flush=True)
     if subprocess.run(command, cwd=ROOT).returncode:
         sys.exit("the demo stops here: the training failed, its reason stands above")
 
 
-def draw(adapter: Path, photos: Sequence[Path]) -> Path:
-    """Draw every prompt with the base and with the adapter, from the same seeds."""
-    from diffusers import StableDiffusionPipeline
+def draw(config: Any, photos: Sequence[Path], target: Path) -> None:
+    """Draw every prompt with the base and with the adapter, from the same seeds.
+
+    Args:
+        config: The TrainConfig of the run.
+        photos: What the run was trained on.
+        target: File of the picture.
+    """
     from diffusers.utils.logging import disable_progress_bar
     from PIL import Image
 
     import snell_diffusion  # noqa: F401  adds load_snella_weights to the pipeline
     from scripts.demo_picture import Row, comparison
-    from snell_diffusion.models import embedded_path
+    from snell_diffusion.diffusion.setup import load_base
 
     disable_progress_bar()
-    pipe = StableDiffusionPipeline.from_pretrained(embedded_path())
+    _, pipe = load_base(config)
     pipe.set_progress_bar_config(disable=True)
     base = list(pictures(pipe))
-    pipe.load_snella_weights(adapter)
+    pipe.load_snella_weights(config.output_dir)
     adapted = list(pictures(pipe))
     references = [Image.open(photos[i % len(photos)]) for i in range(len(PROMPTS))]
     columns = zip(references, base, adapted, strict=True)
     rows = [Row(prompt, shown) for prompt, shown in zip(PROMPTS, columns, strict=True)]
-    target = ROOT / FOLDER / "demo.png"
     comparison(COLUMNS, rows).save(target)
-    return target
 
 
 def pictures(pipe: Any) -> Iterator[Any]:
@@ -89,7 +91,7 @@ def measured(run: Path) -> tuple[float, float]:
     events = [json.loads(line) for line in lines]
     losses = [event for event in events if event["event"] == "validation"]
     if not losses:
-        raise ValueError(f"{run / 'log.jsonl'} holds no validation: demo.yaml must name a holdout")
+        raise ValueError(f"{run / 'log.jsonl'} holds no validation: the config must name a holdout")
     return losses[-1]["validation_loss_base"], losses[-1]["validation_loss"]
 
 
@@ -104,19 +106,24 @@ def peak_memory_gib() -> float:
 
 def main() -> None:
     began = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", type=Path, help="YAML file below configs/dreambooth")
+    path = parser.parse_args().config
     os.chdir(ROOT)
     os.environ.update(ENVIRONMENT)  # before torch is imported, which reads it once
     from scripts.demo_photos import write_photos
     from snell_diffusion.diffusion.config_files import make_config, read_config
 
-    photos, holdout = write_photos(FOLDER)
+    config = make_config(read_config(path), where=str(path))
+    run = Path(config.output_dir)
+    picture = run.parent / "demo.png"
+    photos, holdout = write_photos(run.parent)
     print(f"photos to train on: {photos}, held out: {holdout}")
-    run = Path(make_config(read_config(CONFIG), where=str(CONFIG)).output_dir)
-    train()
-    picture = draw(run, sorted(photos.glob("*.png")))
+    train(path)
+    draw(config, sorted(photos.glob("*.png")), picture)
     before, after = measured(run)
     print(f"\nadapter       {next(run.glob('*.safetensors'))}")
-    print(f"picture       {picture.relative_to(ROOT)}")
+    print(f"picture       {picture}")
     print(f"held-out loss {before:.4f} (base model) -> {after:.4f} (with SNELLA)")
     print(f"time          {time.monotonic() - began:.0f} s")
     print(f"peak memory   {peak_memory_gib():.2f} GiB")

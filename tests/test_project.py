@@ -166,6 +166,7 @@ def test_packages_that_swap_torch_are_in_no_list():
     "target",
     [
         "demo",
+        "demo-dit",
         "test",
         "test-full",
         "reliability",
