@@ -112,8 +112,11 @@ def _load(base: str, revision: str | None) -> Any:
     if base in SHIPPED_BASES:
         base = str(embedded_path(base))
     try:
+        index = DiffusionPipeline.load_config(base, revision=revision)
+        # diffusers wants to be told of parts that the index says are absent, a T5 for example
+        absent = {name: None for name, part in index.items() if part == [None, None]}
         return DiffusionPipeline.from_pretrained(
-            base, revision=revision, dtype=torch.float32, use_safetensors=True
+            base, revision=revision, dtype=torch.float32, use_safetensors=True, **absent
         )
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0][:200]

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from safetensors import safe_open
+from torch import Tensor
 
 from snell_diffusion.adapters import AdapterFile, read_adapter, save_adapter
 from snell_diffusion.diffusion.export import REPORT_NAME, export_merged
 from snell_diffusion.errors import SnellaBaseError, SnellaFileError, SnellaValueError
+from snell_diffusion.models import embedded_dit_path
 from tests.tiny_models import adapt, picture, pipeline, sd15_unet, text_encoder
 
 
@@ -37,6 +39,30 @@ def test_stock_diffusers_draws_the_adapted_picture(
     assert not torch.equal(picture(adapted), picture(pipeline()))
     assert report.relative < 1e-6
     assert [item.name for item in tmp_path.iterdir()] == ["merged"]
+
+
+def test_a_base_that_lacks_a_text_encoder_is_merged(tmp_path: Path) -> None:
+    """The index of the transformer that ships says that it has no T5."""
+    absent = {"text_encoder_3": None, "tokenizer_3": None}
+    pipe = StableDiffusion3Pipeline.from_pretrained(embedded_dit_path(), **absent)
+    base = answer(pipe)
+    adapter = read_adapter(save_adapter(tmp_path, {"transformer": adapt(pipe.transformer)}))
+    export_merged(adapter, "embedded-dit", tmp_path / "merged")
+    merged = StableDiffusion3Pipeline.from_pretrained(tmp_path / "merged", **absent)
+    torch.testing.assert_close(answer(merged), answer(pipe))
+    assert (answer(merged) - base).abs().max() > 1e-2
+
+
+def answer(pipe: StableDiffusion3Pipeline) -> Tensor:
+    """The transformer's velocity for one random input, (1, 8, 16, 16)."""
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        return pipe.transformer(
+            hidden_states=torch.randn(1, 8, 16, 16, generator=rng),
+            encoder_hidden_states=torch.randn(1, 32, 256, generator=rng),
+            pooled_projections=torch.randn(1, 256, generator=rng),
+            timestep=torch.tensor([500.0]),
+        ).sample
 
 
 def test_the_folder_states_its_error_and_hides_local_paths(
