@@ -3,8 +3,8 @@
     python scripts/train_embedded_dit.py all --work runs/embedded
 
 The work folder is the one of train_embedded_base.py, which makes shards, tokenizer and probe; text
-encoder and autoencoder are those of the exported base. Stages: dit (65 min on one core, resumes),
-export, score (2 min).
+encoder and autoencoder are those of the exported base. Stages: dit (75 min on one core, resumes),
+export, score (5 min).
 """
 
 import argparse
