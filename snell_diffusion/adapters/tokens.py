@@ -21,7 +21,6 @@ from snell_diffusion.errors import (
     SnellaValueError,
     shown,
 )
-from snell_diffusion.tuners.qkv_guard import release
 from snell_diffusion.tuners.tokens import TokenLayer, Word, token_layers
 from snell_diffusion.tuners.traverse import unwrapped
 
@@ -134,7 +133,7 @@ def set_end(encoder: nn.Module, end: int | None, for_good: bool = False) -> None
         if vars(module).get("eos_token_id") == _LEGACY_END and end is not None:
             module.eos_token_id = end  # type: ignore[assignment]
             if for_good:
-                module.config.eos_token_id = end
+                module.config.eos_token_id = end  # type: ignore[union-attr]
 
 
 def _reset_end(encoder: nn.Module) -> None:
@@ -252,7 +251,6 @@ def remove_tokens(components: Components, tokenizers: Tokenizers, adapter: str) 
                 for parent, place, original in layer.places:
                     setattr(parent, place, original)
                 _reset_end(encoder)
-                release(unwrapped(encoder))
 
 
 def describe_tokens(
