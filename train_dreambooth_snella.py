@@ -6,9 +6,9 @@
         --instance_data_dir photos --instance_prompt "a photo of a sks cat" --output_dir runs/cat
 
 Exit codes: 0 finished, 2 bad input (nothing was replaced), 3 the loss became NaN or infinite (the
-last good state is kept), 4 the processes of the run disagree, 5 the run is complete but could not be
-uploaded (--push_to_hub), 130 or 143 stopped by SIGINT or SIGTERM (the state is saved; continue with
---resume_from_checkpoint latest). `accelerate launch` itself turns every failure into 1.
+last good state is kept), 4 the processes of the run disagree, 5 the run is complete but could not
+be uploaded (--push_to_hub), 130 or 143 stopped by SIGINT or SIGTERM (the state is saved; continue
+with --resume_from_checkpoint latest). `accelerate launch` itself turns every failure into 1.
 """
 
 import os

@@ -18,7 +18,7 @@ CORE = ({"core"}, {"torch"})
 TUNERS = ({"core", "tuners", "errors", "versions"}, {"torch", "peft", "accelerate", "packaging"})
 ADAPTERS = (
     TUNERS[0] | {"adapters"},
-    TUNERS[1] | {"safetensors", "huggingface_hub", "pydantic"},
+    TUNERS[1] | {"safetensors", "huggingface_hub", "pydantic", "transformers"},
 )
 TRAINING = (
     ADAPTERS[0] | {"training"},
@@ -26,7 +26,7 @@ TRAINING = (
 )
 DIFFUSION = (
     TRAINING[0] | {"diffusion", "models"},
-    TRAINING[1] | {"diffusers", "transformers", "yaml"},
+    TRAINING[1] | {"diffusers", "torchao", "yaml"},
 )
 ARROWS = {
     "core": CORE,
@@ -146,7 +146,8 @@ def test_torch_is_pinned_first_and_everything_is_pinned_exactly():
 
 
 def test_every_requirement_that_make_installs_is_pinned():
-    own_extras = {"bitsandbytes", "deepspeed"}  # not among those that make installs
+    # not among those that make installs
+    own_extras = {"bitsandbytes", "deepspeed", "prodigyopt", "torchao"}
     missing = {normal(line) for line in requirements()} - {normal(line) for line in pins()}
     assert missing == own_extras
 

@@ -90,7 +90,7 @@ class Vocabulary:
             raise
 
     def _extend(self, tokens: list[str]) -> None:
-        from tokenizers import AddedToken
+        from transformers import AddedToken
 
         size = len(self.tokenizer)
         # Not normalized: `<Cup>` and `<cup>` are two words.
