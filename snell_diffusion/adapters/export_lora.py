@@ -27,7 +27,7 @@ from snell_diffusion.adapters.export import (
     export_notes,
     layer_updates,
 )
-from snell_diffusion.adapters.export_tokens import export_words, require_free
+from snell_diffusion.adapters.export_tokens import embeds_paths, export_words, require_free
 from snell_diffusion.adapters.read import AdapterFile
 from snell_diffusion.adapters.tokens import words_of
 from snell_diffusion.errors import SnellaFileError, SnellaValueError, shown
@@ -145,7 +145,12 @@ def _check_request(
     if target.suffix != ".safetensors":
         raise SnellaFileError(f"{target}: a LoRA is one file; give a name ending in .safetensors")
     if file.header.tokens is not None:
-        require_free(target.parent, words_of(file.header.tokens), overwrite)
+        words = words_of(file.header.tokens)
+        if target in embeds_paths(target.parent, words):
+            raise SnellaFileError(
+                f"{target}: the file of a new word goes there; choose another name for the LoRA"
+            )
+        require_free(target.parent, words, overwrite)
     if target.exists() and not overwrite:
         raise SnellaFileError(f"{target}: exists already; choose another name or pass overwrite")
     if style == "kohya":

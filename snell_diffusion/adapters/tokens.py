@@ -225,12 +225,25 @@ def put_in_tokens(
         )
 
 
-def require_removable(tokenizers: Tokenizers, adapters: Sequence[str]) -> None:
-    """Refuse to take words out of a tokenizer that somebody else has added to since.
+def require_removable(
+    components: Components, tokenizers: Tokenizers, adapters: Sequence[str]
+) -> None:
+    """Refuse to take words out where something would be left behind or lost.
 
     Raises:
-        SnellaValueError: Names the tokens that would be lost.
+        SnellaValueError: An encoder and its tokenizer here have words of different adapters, or
+            somebody else has added tokens since.
     """
+    for name, encoder in components.items():
+        tokenizer = tokenizers.get(tokenizer_of(name))
+        known = set() if tokenizer is None else set(Vocabulary.of(tokenizer).words)
+        there = {adapter for layer in token_layers(encoder) for adapter in layer.words}
+        if (known | there) & set(adapters) and known != there:
+            raise SnellaValueError(
+                f"{name} has the words of {shown(there) or 'no adapter'}, {tokenizer_of(name)} "
+                f"those of {shown(known) or 'none'}: they came with another pipeline, which shares "
+                "one of the two with this one: unload there"
+            )
     for tokenizer in tokenizers.values():
         vocabulary = Vocabulary.of(tokenizer)
         if any(name in vocabulary.words for name in adapters):

@@ -119,17 +119,18 @@ def load_snella_weights(
         }
         path = locate(source, weight_name, subfolder, **hub)
         file = read_adapter(path, cache_label(path))
+    words = file.header.tokens
+    if words is not None:
+        # First, since a warning can be an error.
+        _warn_about_spelling(pipe, words_of(words))
     with opened(pipe) as models:
         name = adapter_name if adapter_name is not None else free_name(models)
         report = load_adapter(
             models, file, name, allow_other_base, max_relative_update, tokenizers_of(pipe)
         )
         keep_notes(models, name, file.header.metadata)
-        words = file.header.tokens
         for component in {*report.layers, *(words.encoders if words else ())}:
             guard_saving(models[component])
-        if words is not None:
-            _warn_about_spelling(pipe, words_of(words))
         # Layers that were there stay off after disable_snella, new ones start on.
         _switch_layers(models, True)
         return report
@@ -190,7 +191,7 @@ def unload_snella_weights(pipe: Any, adapter_name: str | None = None) -> None:
     with opened(pipe) as models:
         names = adapter_names(models) if adapter_name is None else [adapter_name]
         require_names(models, names)
-        require_removable(tokenizers_of(pipe), names)
+        require_removable(models, tokenizers_of(pipe), names)
         if fused_names(models):
             if adapter_name is not None:
                 require_unfused(models, f"unload {adapter_name!r}")
@@ -208,7 +209,7 @@ def delete_snella_adapters(pipe: Any, adapter_names: str | Sequence[str]) -> Non
     names = as_list(adapter_names)
     with opened(pipe) as models:
         require_names(models, names)
-        require_removable(tokenizers_of(pipe), names)
+        require_removable(models, tokenizers_of(pipe), names)
         require_unfused(models, "delete adapters")
         _take_out(pipe, models, names)
 

@@ -1,10 +1,12 @@
 """New words for a text encoder: rows beside its embedding table, which stays as it is.
 
-    e(id) = row_id · min(1, limit / |row_id|)   for the ids of new words,   W[id]   for all others
+    e(id) = c · row_id · min(1, limit / |row_id|)   for the ids of new words,
+            c · W[id]                               for all others
 
 Textual inversion (arXiv:2208.01618). The table is neither resized nor given a gradient: only the
-new rows train. Shape legend: V new rows, D features of an embedding, ids [..., L], output
-[..., L, D].
+new rows train. The factor c is the base's own: Gemma multiplies what it looks up by √D, most others
+by 1. So rows are as long as those of the table. Shape legend: V new rows, D features of an
+embedding, ids [..., L], output [..., L, D].
 """
 
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from snell_diffusion.core.precision import no_autocast
 from snell_diffusion.tuners.containers import PreciseBufferDict, PreciseParameterDict
+from snell_diffusion.tuners.offload import onloaded
 
 __all__ = ["TokenLayer", "Word", "pieces", "spelled", "token_layers"]
 
@@ -58,6 +61,7 @@ class TokenLayer(nn.Module, BaseTunerLayer):
         token_ids: By adapter, the rows' ids in the tokenizer, int64 [V].
         token_start: By adapter that trains, the rows before training, [V, D].
         token_limit: By adapter that trains, the largest norm a row is used with.
+        factor: What the base multiplies looked-up rows by.
         places: (parent, name, module) of every module that this layer stands in for.
     """
 
@@ -71,6 +75,7 @@ class TokenLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.training = base_layer.training
         self.base_layer = base_layer
+        self.factor = _factor(base_layer)
         self.words: dict[str, tuple[Word, ...]] = {}
         self.merged_adapters: list[str] = []
         self.token_rows = PreciseParameterDict()
@@ -122,6 +127,11 @@ class TokenLayer(nn.Module, BaseTunerLayer):
         return rows * (self.token_limit[adapter] / rows.norm(dim=1, keepdim=True)).clamp(max=1.0)
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        own = (child for name, child in self.named_children() if name != "base_layer")
+        with onloaded(own):
+            return self._looked_up(input_ids)
+
+    def _looked_up(self, input_ids: Tensor) -> Tensor:
         with no_autocast(input_ids.device):
             rows = torch.cat([self.rows(adapter) for adapter in self.words])
         ids = torch.cat([self.token_ids[adapter] for adapter in self.words])
@@ -130,6 +140,7 @@ class TokenLayer(nn.Module, BaseTunerLayer):
         # An id beyond the table must not reach it; which row stands in does not matter.
         plain: Tensor = self.base_layer(input_ids.masked_fill(new, 0))
         picked = F.embedding(found.int().argmax(-1), rows)
+        picked = picked if self.factor == 1.0 else picked * self.factor
         return torch.where(new.unsqueeze(-1), picked.to(plain.dtype), plain)
 
     # What other code reads off an nn.Embedding
@@ -176,6 +187,11 @@ class TokenLayer(nn.Module, BaseTunerLayer):
             if adapter_name in getattr(self, name):
                 del getattr(self, name)[adapter_name]
         self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
+
+
+def _factor(table: nn.Embedding) -> float:
+    """What a table multiplies its rows by; known also where its tensors are not in memory."""
+    return float(getattr(table, "scalar_embed_scale", getattr(table, "embed_scale", 1.0)))
 
 
 def token_layers(model: nn.Module, adapter: str | None = None) -> list[TokenLayer]:

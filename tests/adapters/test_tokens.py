@@ -1,18 +1,22 @@
 """New words: in the adapter's own file, in and out of a pipeline without a trace, hostile files."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from accelerate import cpu_offload
+from diffusers.hooks import apply_group_offloading
+from torch import Tensor, nn
 
 import snell_diffusion  # noqa: F401  adds load_snella_weights to the pipeline
 from snell_diffusion.__main__ import main
 from snell_diffusion.adapters import adapter_file_bytes, load_adapter, read_adapter
 from snell_diffusion.adapters import schema as schema_module
+from snell_diffusion.adapters.export_lora import export_lora
 from snell_diffusion.adapters.inspect import summary
 from snell_diffusion.adapters.tokens import attach_words
 from snell_diffusion.errors import (
@@ -237,6 +241,69 @@ def test_a_pipeline_that_does_not_expand_words_says_so(path: Path) -> None:
         load_snella_weights(Plain(), path)
 
 
+def test_a_warning_that_is_an_error_changes_nothing(path: Path) -> None:
+    pipe = pipeline()
+    before, text = fingerprint(pipe), tokenizer_text(pipe)
+
+    class Plain:
+        """A pipeline without diffusers' textual inversion."""
+
+        components = pipe.components
+
+    from snell_diffusion.diffusion.pipeline import load_snella_weights
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="does not expand words"):
+            load_snella_weights(Plain(), path)
+    assert {**fingerprint(pipe), "rng": 0} == {**before, "rng": 0}
+    assert tokenizer_text(pipe) == text
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "text_encoder"])
+def test_a_pipeline_with_half_of_the_words_cannot_take_them_out(part: str, path: Path) -> None:
+    pipe = pipeline()
+    pipe.load_snella_weights(path)
+    expected = picture(pipe, PROMPT)
+    other = pipeline()
+    for name in {"unet", "tokenizer", "text_encoder"} - {part}:
+        other.register_modules(**{name: getattr(pipe, name)})
+    for remove in (other.unload_snella_weights, lambda: other.delete_snella_adapters("default_0")):
+        with pytest.raises(SnellaValueError, match=r"came with another pipeline.*: unload there"):
+            remove()
+    assert torch.equal(picture(pipe, PROMPT), expected)
+    pipe.unload_snella_weights()
+    assert "<cup>" not in pipe.tokenizer.get_vocab()
+
+
+def sequential(model: nn.Module) -> None:
+    cpu_offload(model, torch.device("cpu"), offload_buffers=True)
+
+
+def leaves(model: nn.Module) -> None:
+    device = torch.device("cpu")
+    apply_group_offloading(model, onload_device=device, offload_type="leaf_level")
+
+
+@pytest.mark.parametrize("way", [sequential, leaves])
+def test_words_of_an_offloaded_encoder_are_read(
+    way: Callable[[nn.Module], None], made: Any, path: Path
+) -> None:
+    _, rows, _ = made
+    pipe = pipeline()
+    stock = picture(pipe)
+    pipe.load_snella_weights(path)
+    for model in (pipe.text_encoder, pipe.unet, pipe.vae):
+        way(model)
+    layer = pipe.text_encoder.get_input_embeddings()
+    ids = torch.tensor(pipe.tokenizer.convert_tokens_to_ids(pieces([CUP, DOG])))
+    assert torch.equal(layer(ids), rows)
+    pipe.unload_snella_weights()
+    assert torch.equal(picture(pipe), stock)
+    pipe.load_snella_weights(path)
+    assert torch.equal(pipe.text_encoder.get_input_embeddings()(ids), rows)
+
+
 # -- hostile files ---------------------------------------------------------------------------------
 
 Change = Callable[[dict[str, Any]], Any]
@@ -373,3 +440,13 @@ def test_bare_tensors_do_not_know_the_words(made: Any) -> None:
 
     with pytest.raises(SnellaKeyError, match="only the header tells which words"):
         read_adapter(load(made[0]))
+
+
+def test_a_lora_does_not_share_its_file_with_a_word(tmp_path: Path) -> None:
+    file = read_adapter(make((CUP,))[0])
+    target = tmp_path / "learned_embeds.safetensors"
+    with pytest.raises(SnellaFileError, match="the file of a new word goes there"):
+        export_lora(file, target, rank=4)
+    assert not target.exists()
+    export_lora(file, tmp_path / "lora.safetensors", rank=4)
+    assert target.exists()

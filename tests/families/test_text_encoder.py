@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import snell_diffusion  # noqa: F401  adds load_snella_weights to the pipelines
 from snell_diffusion.adapters import read_adapter, save_adapter
-from snell_diffusion.adapters.tokens import tokenizer_of
+from snell_diffusion.adapters.tokens import attach_words, input_embedding, table_of, tokenizer_of
 from snell_diffusion.diffusion.families import Conditions
 from snell_diffusion.diffusion.losses import squared_error
 from snell_diffusion.diffusion.setup import ADAPTER, add_adapters, load_base
@@ -105,6 +105,18 @@ def test_a_stock_pipeline_reads_prompts_as_the_trained_one(base: Case, learnt: L
     assert {name: vars(tokenizer) for name, tokenizer in texts.items()} == states
     for name, rows in encoded(base, stock).items():
         assert torch.equal(rows, before[name])
+
+
+def test_a_row_means_what_the_same_row_of_the_table_means(base: Case) -> None:
+    """Also where the encoder multiplies what it looks up, as Gemma does."""
+    pipe = base.stock()
+    for name in encoders(base):
+        encoder, tokenizer = getattr(pipe, name), getattr(pipe, tokenizer_of(name))
+        known = torch.tensor([5, 6])
+        expected = input_embedding(encoder, name)(known)
+        rows = table_of(input_embedding(encoder, name))[known]
+        layer = attach_words(encoder, tokenizer, "x", [WORD], rows)
+        assert torch.equal(layer(layer.token_ids["x"]), expected)
 
 
 def test_every_vector_of_a_word_is_read(base: Case, learnt: Learnt) -> None:
