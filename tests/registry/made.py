@@ -1,7 +1,7 @@
 """Two adapter files for a family, and what their updates do to its denoiser when merged by hand."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ class Made:
         base: What the denoiser predicts without an adapter.
         deltas: Each adapter's updates, taken from the modules it was made on.
         sparse: The same of "a" with 90 % of every layer's entries dropped.
+        known: What `merged` has computed already.
     """
 
     family: TinyFamily
@@ -32,8 +33,16 @@ class Made:
     deltas: dict[str, Deltas]
     sparse: Deltas
 
+    known: dict[tuple[tuple[str, float], ...], Tensor] = field(default_factory=dict)
+
     def merged(self, weights: Mapping[str, float]) -> Tensor:
         """The prediction of a stock model whose weights are W + Σ weight · ΔW."""
+        key = tuple(weights.items())
+        if key not in self.known:
+            self.known[key] = self._merged(weights)
+        return self.known[key]
+
+    def _merged(self, weights: Mapping[str, float]) -> Tensor:
         deltas: Deltas = {}
         for name, weight in weights.items():
             for path, delta in self.deltas[name].items():

@@ -22,9 +22,9 @@ def fresh_dynamo() -> None:
     torch._dynamo.reset()
 
 
-def compiles_to_one_graph(name: str, processors: bool) -> None:
+def compiles_to_one_graph(name: str, processors: bool = False, **config: Any) -> None:
     family = REGISTRY[name]
-    model = adapt(family.build())
+    model = adapt(family.build(), **config)
     expected = predict(family, model)  # some families fill tables at their first call
     assert not torch.equal(expected, predict(family, family.build()))
     if processors:
@@ -38,13 +38,13 @@ def compiles_to_one_graph(name: str, processors: bool) -> None:
 
 @pytest.mark.parametrize("name", QUICK)
 def test_five_families_in_one_graph(name: str) -> None:
-    compiles_to_one_graph(name, processors=False)
+    compiles_to_one_graph(name, target_modules=["to_q", "to_v"])
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", [name for name in WHOLE if name not in QUICK])
-def test_all_others_in_one_graph(name: str) -> None:
-    compiles_to_one_graph(name, processors=False)
+@pytest.mark.parametrize("name", WHOLE)
+def test_all_in_one_graph(name: str) -> None:
+    compiles_to_one_graph(name)
 
 
 @pytest.mark.full

@@ -53,7 +53,7 @@ FAMILIES = [
             **SIZES,
             "attention_head_dim": (2, 4),
             "use_linear_projection": True,
-            "transformer_layers_per_block": (1, 2),
+            "transformer_layers_per_block": (1, 1),
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 8,
             "projection_class_embeddings_input_dim": 64,
