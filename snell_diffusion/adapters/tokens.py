@@ -262,6 +262,8 @@ def remove_tokens(components: Components, tokenizers: Tokenizers, adapter: str) 
                 layer.set_ids(other, Vocabulary.of(tokenizer).ids(other))
             if not layer.words:
                 for parent, place, original in layer.places:
+                    # Offloading replaces parameters, and knows nothing of the modules set aside.
+                    original.weight = layer.base_layer.weight
                     setattr(parent, place, original)
                 _reset_end(encoder)
 

@@ -10,7 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook  # type: ignore[import-untyped]
+from accelerate.hooks import (  # type: ignore[import-untyped]
+    AlignDevicesHook,
+    SequentialHook,
+)
 from torch import nn
 
 from snell_diffusion.tuners.weights import device_of
@@ -54,5 +57,7 @@ def group_hook(module: nn.Module) -> Any:
 
 def _hooks(module: nn.Module) -> list[Any]:
     hook, group = getattr(module, "_hf_hook", None), group_hook(module)
-    found = [hook] if isinstance(hook, AlignDevicesHook) and hook.offload else []
+    # A module that is in a model twice, as T5's embeddings are, gets its hook twice.
+    each = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    found: list[Any] = [h for h in each if isinstance(h, AlignDevicesHook) and h.offload]
     return found if group is None else [*found, group]

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_module
 from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
 
 import snell_diffusion  # noqa: F401  adds load_snella_weights to the pipeline
 from snell_diffusion.__main__ import main
@@ -18,7 +20,7 @@ from snell_diffusion.adapters import adapter_file_bytes, load_adapter, read_adap
 from snell_diffusion.adapters import schema as schema_module
 from snell_diffusion.adapters.export_lora import export_lora
 from snell_diffusion.adapters.inspect import summary
-from snell_diffusion.adapters.tokens import attach_words
+from snell_diffusion.adapters.tokens import attach_words, remove_tokens
 from snell_diffusion.errors import (
     SnellaBaseError,
     SnellaError,
@@ -30,7 +32,15 @@ from snell_diffusion.errors import (
 )
 from snell_diffusion.tuners.tokens import TokenLayer, Word, pieces, spelled
 from tests.adapters.files import rebuilt
-from tests.tiny_models import adapt, fingerprint, picture, pipeline, sd15_unet, text_encoder
+from tests.tiny_models import (
+    adapt,
+    fingerprint,
+    picture,
+    pipeline,
+    sd15_unet,
+    text_encoder,
+    tokenizer,
+)
 
 CUP, DOG = Word("<cup>", 2), Word("<dog>", 1)
 PROMPT = "a <cup> and a <dog>"
@@ -213,8 +223,6 @@ def test_pooling_finds_the_end_where_the_config_is_of_before() -> None:
     encoder.config.eos_token_id = encoder.eos_token_id = 2
     attach_words(encoder, pipe.tokenizer, "x", [DOG], torch.zeros(1, 32))
     assert encoder.eos_token_id == end
-    from snell_diffusion.adapters.tokens import remove_tokens
-
     remove_tokens({"text_encoder": encoder}, {"tokenizer": pipe.tokenizer}, "x")
     assert encoder.eos_token_id == 2
 
@@ -302,6 +310,19 @@ def test_words_of_an_offloaded_encoder_are_read(
     assert torch.equal(picture(pipe), stock)
     pipe.load_snella_weights(path)
     assert torch.equal(pipe.text_encoder.get_input_embeddings()(ids), rows)
+
+
+def test_t5_whose_table_is_there_twice_can_be_offloaded() -> None:
+    config = T5Config(vocab_size=190, d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4)
+    encoder, words = T5EncoderModel(config).eval(), tokenizer()
+    attach_words(encoder, words, "x", [DOG], torch.ones(1, 32))
+    ids = torch.tensor([[3, 5, 190]])
+    expected = encoder(ids).last_hidden_state
+    sequential(encoder)
+    assert torch.equal(encoder(ids).last_hidden_state, expected)
+    remove_hook_from_module(encoder, recurse=True)
+    remove_tokens({"text_encoder": encoder}, {"tokenizer": words}, "x")
+    assert encoder.shared.weight is encoder.encoder.embed_tokens.weight
 
 
 # -- hostile files ---------------------------------------------------------------------------------
