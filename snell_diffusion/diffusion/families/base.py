@@ -39,6 +39,22 @@ class SampleRequest:
     steps: int
     guidance: float
 
+    @property
+    def call(self) -> dict[str, Any]:
+        """What every stock pipeline takes beside prompts and guidance."""
+        return {
+            "num_inference_steps": self.steps,
+            "generator": list(self.generators),
+            "height": self.size,
+            "width": self.size,
+            "output_type": "latent",
+        }
+
+    def nothing(self, name: str) -> Tensor:
+        """The empty prompt's `name`, one row for each picture."""
+        row = self.unconditional[name]
+        return row.expand(len(self.generators), *row.shape[1:])
+
 
 @dataclass(frozen=True)
 class Family:

@@ -68,12 +68,8 @@ def sample(pipe: Any, request: SampleRequest) -> Tensor:
     tokens = pipe(
         prompt_embeds=request.conditions["text"].to(dtype),
         pooled_prompt_embeds=request.conditions["pooled"].to(dtype),
-        num_inference_steps=request.steps,
         guidance_scale=request.guidance,
-        generator=list(request.generators),
-        height=request.size,
-        width=request.size,
-        output_type="latent",
+        **request.call,
     ).images
     side = request.size // pipe.vae_scale_factor
     return unpack(tokens, side, side)

@@ -94,16 +94,12 @@ def denoise(model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Cond
 
 
 def sample(pipe: Any, request: SampleRequest) -> Tensor:
-    dtype, count = pipe.transformer.dtype, len(request.conditions["text"])
+    dtype = pipe.transformer.dtype
     latents = pipe(
         prompt_embeds=request.conditions["text"].to(dtype),
-        negative_prompt_embeds=request.unconditional["text"].to(dtype).expand(count, -1, -1),
-        num_inference_steps=request.steps,
+        negative_prompt_embeds=request.nothing("text").to(dtype),
         guidance_scale=request.guidance,
-        generator=list(request.generators),
-        height=request.size,
-        width=request.size,
-        output_type="latent",
+        **request.call,
     ).images
     # The pipeline gives the VAE's own latents, not those that the denoiser knows.
     mean, std = _normal(pipe.vae)

@@ -53,19 +53,15 @@ def denoise(model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Cond
 
 
 def sample(pipe: Any, request: SampleRequest) -> Tensor:
-    dtype, count = pipe.transformer.dtype, len(request.conditions["text"])
-    text, nothing = request.conditions, request.unconditional
+    dtype = pipe.transformer.dtype
+    text = request.conditions
     return pipe(  # type: ignore[no-any-return]
         prompt_embeds=text["text"].to(dtype),
         prompt_attention_mask=text["mask"],
-        negative_prompt_embeds=nothing["text"].to(dtype).expand(count, -1, -1),
-        negative_prompt_attention_mask=nothing["mask"].expand(count, -1),
-        num_inference_steps=request.steps,
+        negative_prompt_embeds=request.nothing("text").to(dtype),
+        negative_prompt_attention_mask=request.nothing("mask"),
         guidance_scale=request.guidance,
-        generator=list(request.generators),
-        height=request.size,
-        width=request.size,
-        output_type="latent",
+        **request.call,
     ).images
 
 

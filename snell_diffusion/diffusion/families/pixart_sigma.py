@@ -61,21 +61,17 @@ def _micro_conditions(
 
 
 def sample(pipe: Any, request: SampleRequest) -> Tensor:
-    dtype, count = pipe.transformer.dtype, len(request.conditions["text"])
-    text, nothing = request.conditions, request.unconditional
+    dtype = pipe.transformer.dtype
+    text = request.conditions
     return pipe(  # type: ignore[no-any-return]
         prompt_embeds=text["text"].to(dtype),
         prompt_attention_mask=text["mask"],
         negative_prompt=None,
-        negative_prompt_embeds=nothing["text"].to(dtype).expand(count, -1, -1),
-        negative_prompt_attention_mask=nothing["mask"].expand(count, -1),
-        num_inference_steps=request.steps,
+        negative_prompt_embeds=request.nothing("text").to(dtype),
+        negative_prompt_attention_mask=request.nothing("mask"),
         guidance_scale=request.guidance,
-        generator=list(request.generators),
-        height=request.size,
-        width=request.size,
         use_resolution_binning=False,
-        output_type="latent",
+        **request.call,
     ).images
 
 

@@ -92,21 +92,17 @@ def _as_long_as_needed(conditions: Conditions) -> tuple[Tensor, Tensor | None]:
 
 
 def sample(pipe: Any, request: SampleRequest) -> Tensor:
-    dtype, count = pipe.transformer.dtype, len(request.conditions["text"])
-    text, nothing = request.conditions, request.unconditional
+    dtype = pipe.transformer.dtype
+    text = request.conditions
     guided = request.guidance > 1
     tokens = pipe(
         prompt_embeds=text["text"].to(dtype),
         prompt_embeds_mask=text["mask"],
-        negative_prompt_embeds=nothing["text"].to(dtype).expand(count, -1, -1) if guided else None,
-        negative_prompt_embeds_mask=nothing["mask"].expand(count, -1) if guided else None,
+        negative_prompt_embeds=request.nothing("text").to(dtype) if guided else None,
+        negative_prompt_embeds_mask=request.nothing("mask") if guided else None,
         true_cfg_scale=request.guidance,
-        num_inference_steps=request.steps,
-        generator=list(request.generators),
-        height=request.size,
-        width=request.size,
         max_sequence_length=_PROMPT_LENGTH,
-        output_type="latent",
+        **request.call,
     ).images
     side = request.size // pipe.vae_scale_factor
     return unpack(tokens, side, side)

@@ -67,21 +67,16 @@ def denoise(model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Cond
 
 
 def sample(pipe: Any, request: SampleRequest) -> Tensor:
-    text, nothing = request.conditions, request.unconditional
-    count = len(text["text"])
+    text = request.conditions
     return pipe(  # type: ignore[no-any-return]
         prompt_embeds=text["text"],
         prompt_attention_mask=text["mask"],
         negative_prompt=None,
-        negative_prompt_embeds=nothing["text"].expand(count, -1, -1),
-        negative_prompt_attention_mask=nothing["mask"].expand(count, -1),
-        num_inference_steps=request.steps,
+        negative_prompt_embeds=request.nothing("text"),
+        negative_prompt_attention_mask=request.nothing("mask"),
         guidance_scale=request.guidance,
-        generator=list(request.generators),
-        height=request.size,
-        width=request.size,
         use_resolution_binning=False,
-        output_type="latent",
+        **request.call,
     ).images
 
 

@@ -62,16 +62,11 @@ def denoise(model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Cond
 def sample(pipe: Any, request: SampleRequest) -> Tensor:
     guided = request.guidance > 1
     text = request.conditions["text"]
-    nothing = request.unconditional["text"].expand(len(text), -1, -1)
     return pipe(  # type: ignore[no-any-return]
         prompt_embeds=text,
-        negative_prompt_embeds=nothing if guided else None,
-        num_inference_steps=request.steps,
+        negative_prompt_embeds=request.nothing("text") if guided else None,
         guidance_scale=request.guidance if guided else 1.0,
-        generator=list(request.generators),
-        height=request.size,
-        width=request.size,
-        output_type="latent",
+        **request.call,
     ).images
 
 

@@ -65,22 +65,14 @@ def denoise(model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Cond
 
 
 def sample(pipe: Any, request: SampleRequest) -> Tensor:
-    dtype, count = pipe.transformer.dtype, len(request.conditions["text"])
-    nothing = {
-        name: rows.to(dtype).expand(count, *rows.shape[1:])
-        for name, rows in request.unconditional.items()
-    }
+    dtype = pipe.transformer.dtype
     return pipe(  # type: ignore[no-any-return]
         prompt_embeds=request.conditions["text"].to(dtype),
         pooled_prompt_embeds=request.conditions["pooled"].to(dtype),
-        negative_prompt_embeds=nothing["text"],
-        negative_pooled_prompt_embeds=nothing["pooled"],
-        num_inference_steps=request.steps,
+        negative_prompt_embeds=request.nothing("text").to(dtype),
+        negative_pooled_prompt_embeds=request.nothing("pooled").to(dtype),
         guidance_scale=request.guidance,
-        generator=list(request.generators),
-        height=request.size,
-        width=request.size,
-        output_type="latent",
+        **request.call,
     ).images
 
 

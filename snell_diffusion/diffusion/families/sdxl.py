@@ -68,19 +68,13 @@ def denoise(model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Cond
 
 
 def sample(pipe: Any, request: SampleRequest) -> Tensor:
-    count = len(request.conditions["text"])
-    nothing = {k: v.expand(count, *v.shape[1:]) for k, v in request.unconditional.items()}
     return pipe(  # type: ignore[no-any-return]
         prompt_embeds=request.conditions["text"],
         pooled_prompt_embeds=request.conditions["pooled"],
-        negative_prompt_embeds=nothing["text"],
-        negative_pooled_prompt_embeds=nothing["pooled"],
-        num_inference_steps=request.steps,
+        negative_prompt_embeds=request.nothing("text"),
+        negative_pooled_prompt_embeds=request.nothing("pooled"),
         guidance_scale=request.guidance,
-        generator=list(request.generators),
-        height=request.size,
-        width=request.size,
-        output_type="latent",
+        **request.call,
     ).images
 
 

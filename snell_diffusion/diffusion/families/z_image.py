@@ -67,13 +67,9 @@ def sample(pipe: Any, request: SampleRequest) -> Tensor:
     return pipe(  # type: ignore[no-any-return]
         prompt_embeds=text,
         negative_prompt_embeds=nothing * len(text),
-        num_inference_steps=request.steps,
         # This pipeline guides above 0, with another formula.
         guidance_scale=request.guidance if request.guidance > 1 else 0.0,
-        generator=list(request.generators),
-        height=request.size,
-        width=request.size,
-        output_type="latent",
+        **request.call,
     ).images
 
 
