@@ -42,17 +42,22 @@ class Recipe:
     rows: tuple[tuple[str, int, str], ...]
 
 
-_SHOWN = (
-    ("good", 0, "the base"),
-    ("good", 30, "under-fitted"),
-    ("good", 90, "good"),
-    ("too_far", 45, "over-fitted"),
-)
-_TOO_FAR = "--prior_loss_weight 0 --learning_rate 2e-2 --lr_scheduler constant --max_train_steps 45"
+_TOO_FAR = "--prior_loss_weight 0 --learning_rate 2e-2 --lr_scheduler constant --max_train_steps "
+
+
+def _rows(under: int, good: int, over: int) -> tuple[tuple[str, int, str], ...]:
+    return (
+        ("good", 0, "the base"),
+        ("good", under, "under-fitted"),
+        ("good", good, "good"),
+        ("too_far", over, "over-fitted"),
+    )
+
+
 RECIPES = {
-    "pet": Recipe(tuple(_TOO_FAR.split()), _SHOWN),
-    "object": Recipe(tuple(_TOO_FAR.split()), _SHOWN),
-    "style": Recipe(tuple(_TOO_FAR.split()), _SHOWN),
+    "pet": Recipe((*_TOO_FAR.split(), "45"), _rows(15, 90, 45)),
+    "object": Recipe((*_TOO_FAR.split(), "45"), _rows(30, 90, 45)),
+    "style": Recipe((*_TOO_FAR.split(), "150"), _rows(15, 90, 150)),
 }
 
 
@@ -208,6 +213,10 @@ def publish(found: dict[str, Any]) -> None:
     (ROOT / FIGURES).write_text(json.dumps({**known, **found}, indent=1) + "\n", "utf-8")
     for picture in FOLDER.glob("cookbook_*.png"):
         shutil.copy(picture, ROOT / IMAGES)
+    if "pet" in found:
+        for name in ("loss", "allocation"):
+            picture = run_folder("pet", "good") / f"{name}.png"
+            shutil.copy(picture, ROOT / IMAGES / f"cookbook_{name}.png")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Every folder has the form that `instance_data_dir` wants: pictures, each with a 
 
 import shutil
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,16 @@ HEAD = (
 HEAD_BOX = (22, 0, 398, 294)
 SOFT = 23  # pixels: hair and whiskers smaller than this are smoothed away
 PET_TOKEN = "<chelsea>"
-# scene -> (words of the caption, width of the head in pixels, shift of its centre in pixels)
+HEAD_WIDTH, HEAD_LOWER = 226, 4  # of the head, and of its centre below the picture's, pixels
+# scene -> words of the caption
 PET_SCENES = {
-    "white": ("on a white background", 226, (0, 4)),
-    "grass": ("on top of green grass", 226, (0, 4)),
-    "wood": ("on a wooden floor", 226, (0, 4)),
-    "fabric": ("on top of pink fabric", 226, (0, 4)),
-    "rug": ("on top of a purple rug", 226, (0, 4)),
+    "white": "on a white background",
+    "grass": "on top of green grass",
+    "wood": "on a wooden floor",
+    "fabric": "on top of pink fabric",
+    "rug": "on top of a purple rug",
 }
-PET_HELD_OUT = {"desert": ("in the desert", 226, (0, 4))}
+PET_HELD_OUT = {"desert": "in the desert"}
 
 STYLE_PAPER, STYLE_MIDDLE, STYLE_INK = (255, 240, 205), (240, 96, 72), (24, 38, 92)
 STYLE_TOKEN = "<print>"
@@ -60,26 +62,25 @@ def chelsea() -> Image.Image:
     return Image.fromarray(np.asarray(load()))
 
 
-def cat_on(scene: str, width: int, shift: tuple[int, int]) -> Image.Image:
-    """The cat's head on one scene, SIDE x SIDE pixels.
+@cache
+def _smooth_chelsea() -> Image.Image:
+    return ImageOps.autocontrast(chelsea(), cutoff=1).filter(ImageFilter.MedianFilter(SOFT))
 
-    Args:
-        scene: A key of SCENES.
-        width: Of the head, pixels.
-        shift: Of the head's centre from the picture's, pixels right and down.
-    """
-    photo = ImageOps.autocontrast(chelsea(), cutoff=1).filter(ImageFilter.MedianFilter(SOFT))
+
+def cat_on(scene: str) -> Image.Image:
+    """The cat's head on one scene (a key of SCENES), SIDE x SIDE pixels."""
+    photo = _smooth_chelsea()
     outline = Image.new("L", photo.size)
     ImageDraw.Draw(outline).polygon(HEAD, fill=255)
     outline = outline.filter(ImageFilter.GaussianBlur(3))
-    size = (width, round(width * (HEAD_BOX[3] - HEAD_BOX[1]) / (HEAD_BOX[2] - HEAD_BOX[0])))
+    height = HEAD_WIDTH * (HEAD_BOX[3] - HEAD_BOX[1]) / (HEAD_BOX[2] - HEAD_BOX[0])
+    size = (HEAD_WIDTH, round(height))
     head, mask = (
         image.crop(HEAD_BOX).resize(size, Image.Resampling.LANCZOS) for image in (photo, outline)
     )
     pixels = np.clip(SCENES[scene](np.random.default_rng(0)), 0, 255).astype(np.uint8)
     picture = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    place = ((SIDE - size[0]) // 2 + shift[0], (SIDE - size[1]) // 2 + shift[1])
-    picture.paste(head, place, mask)
+    picture.paste(head, ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2 + HEAD_LOWER), mask)
     return picture
 
 
@@ -102,8 +103,8 @@ def write_pet(folder: Path) -> None:
     """Five pictures of the cat in folder/photos, one in folder/holdout."""
     for part, scenes in (("photos", PET_SCENES), ("holdout", PET_HELD_OUT)):
         pictures = (
-            (f"cat-{scene}", cat_on(scene, width, shift), f"a photo of a {PET_TOKEN} cat {words}")
-            for scene, (words, width, shift) in scenes.items()
+            (f"cat-{scene}", cat_on(scene), f"a photo of a {PET_TOKEN} cat {words}")
+            for scene, words in scenes.items()
         )
         _write(folder / part, pictures)
 
