@@ -100,7 +100,9 @@ class RowCounter:
     def _whole_suite(self) -> bool:
         option = self.config.option
         from_paths = self.config.args_source == pytest.Config.ArgsSource.TESTPATHS
-        return from_paths and not (option.keyword or option.collectonly or option.lf)
+        return from_paths and not (
+            option.keyword or option.collectonly or getattr(option, "lf", False)
+        )
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
