@@ -209,15 +209,15 @@ def sum_gradients_by_block(rank: int) -> None:
             flat[i] = x
         return _pytree.tree_unflatten(flat, form)
 
-    place = Replicated.place
+    prepare = Replicated.prepare
 
-    def placed(self: Replicated, components: Any) -> None:
-        place(self, components)
+    def prepared(self: Replicated, components: Any, optimizer: Any) -> Any:
         for model in components.values():
             for part in [*indivisible(model), model]:
                 part.register_forward_pre_hook(border, with_kwargs=True)
+        return prepare(self, components, optimizer)
 
-    Replicated.place = placed  # type: ignore[method-assign]
+    Replicated.prepare = prepared  # type: ignore[method-assign]
 
 
 def test_shards_of_a_16_bit_base_are_gathered_in_both_passes(
