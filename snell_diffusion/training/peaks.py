@@ -12,8 +12,10 @@ _STATUS = Path("/proc/self/status")
 class PeakMeter:
     """Measures one peak per phase: call it with the name of the phase that begins now.
 
-    On CUDA these are bytes of tensors, elsewhere resident bytes of the process. Where the system
-    cannot start a new peak (other than Linux), the resident memory at the end of a phase stands in.
+    On CUDA these are bytes of tensors, elsewhere resident bytes of the process: what earlier
+    phases freed but the allocator kept counts, as it does for the system. Where the system does
+    not start a new peak (other than Linux, some containers), the resident memory at the end of a
+    phase stands in.
 
     Attributes:
         peaks: Bytes by phase; a phase that comes back keeps its largest.
@@ -22,6 +24,7 @@ class PeakMeter:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._phase: str | None = None
+        self._restarted = False
         self.peaks: dict[str, int] = {}
 
     def __call__(self, phase: str) -> None:
@@ -39,13 +42,22 @@ class PeakMeter:
     def _reset(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        elif _RESET.exists():
-            _RESET.write_text("5")
+        else:
+            self._restarted = _restart()
 
     def _peak(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        if _RESET.exists():
+        if self._restarted:
             line = next(x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM"))
             return int(line.split()[1]) * 1024
         return int(psutil.Process().memory_info().rss)
+
+
+def _restart() -> bool:
+    """Ask the system to start a new peak of resident memory; whether it does."""
+    try:
+        _RESET.write_text("5")
+    except OSError:
+        return False
+    return True
