@@ -13,6 +13,8 @@ from diffusers import (
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from snell_diffusion.diffusion.export import hide_paths
+
 from .flow import build_flow_scheduler, build_transformer, with_projection
 from .text_to_image import build_scheduler, build_text_encoder, build_unet
 
@@ -76,6 +78,7 @@ def export(pipeline: DiffusionPipeline, folder: Path) -> float:
         shutil.rmtree(stale, ignore_errors=True)
     pipeline.to(dtype=torch.float16).save_pretrained(fresh, safe_serialization=True)
     pipeline.to(dtype=torch.float32)
+    hide_paths(fresh)
     # transformers loads in the dtype its config names: without this, a plain from_pretrained
     # would mix a float16 text encoder with a float32 UNet
     for config in fresh.glob("text_encoder*/config.json"):

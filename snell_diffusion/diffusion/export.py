@@ -132,7 +132,7 @@ def _publish(pipe: Any, target: Path, report: ExportReport) -> None:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
             made = Path(scratch) / "new"
             pipe.save_pretrained(made, safe_serialization=True)
-            _hide_paths(made)
+            hide_paths(made)
             (made / REPORT_NAME).write_text(report.to_json() + "\n", "utf-8")
             for path in (*made.rglob("*"), made):
                 sync_path(path)
@@ -143,13 +143,13 @@ def _publish(pipe: Any, target: Path, report: ExportReport) -> None:
         ) from error
 
 
-def _hide_paths(folder: Path) -> None:
-    """Of a local base, the configs shall tell the name and not where it lay on this machine."""
+def hide_paths(folder: Path) -> None:
+    """Take out of a saved pipeline's configs where a local base lay on this machine."""
     for path in folder.rglob("*.json"):
         data = json.loads(path.read_text("utf-8"))
         origin = data.get("_name_or_path") if isinstance(data, dict) else None
         if isinstance(origin, str) and os.path.exists(origin):
-            data["_name_or_path"] = Path(origin).resolve().name
+            del data["_name_or_path"]
             path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
