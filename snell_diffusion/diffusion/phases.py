@@ -157,7 +157,7 @@ def place(
         models: All models of the pipeline.
         components: The adapted ones, denoiser first.
         device: Where the run computes.
-        parallel: Places adapted models, whole or in shards; without it they are whole.
+        parallel: Whether adapted models are whole or in shards; without it they are whole.
 
     Raises:
         SnellaConfigError: A quantized base cannot be sharded.
@@ -180,7 +180,7 @@ def place(
         cached_latents=config.cache_latents,
     )
     if sharded:
-        sharded.place(components)
+        sharded.divide(components)
     else:
         _place_adapters(components, device)
     for name, model in models.items():

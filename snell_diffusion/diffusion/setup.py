@@ -247,7 +247,7 @@ def build_model(
     Args:
         config: Base and method.
         device: Where the run computes.
-        parallel: Places the adapted models, whole or in shards; without it they are whole.
+        parallel: Whether adapted models are whole or in shards; without it they are whole.
 
     Raises:
         SnellaBaseError: No such base, or no family covers it.

@@ -8,7 +8,6 @@ thresholds, clipping, averages and checkpoints are then the code of one process.
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -25,12 +24,12 @@ def digest_of(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-class Parallel(ABC):
+class Parallel:
     """One way to share a run between processes.
 
-    A run calls `place` once, when the adapters are in the base; `prepare` once, with the optimizer;
-    then in each step `backward` per micro-batch, `average_gradients` and `step`. Every process
-    makes the same calls in the same order.
+    A run calls `divide` once, when the adapters are in the base, if `shares_forward`; `prepare`
+    once, with the optimizer; then in each step `backward` per micro-batch, `average_gradients` and
+    `step`. Every process makes the same calls in the same order.
 
     Args:
         accelerator: Devices and process group, already running.
@@ -69,11 +68,11 @@ class Parallel(ABC):
 
     # Once
 
-    @abstractmethod
-    def place(self, components: Mapping[str, nn.Module]) -> None:
-        """Bring adapted models (frozen base, trainable adapters) to `device`, whole or in shards.
+    def divide(self, components: Mapping[str, nn.Module]) -> None:
+        """Keep this process's part of the frozen base, adapters whole, both on `device`.
 
         They come on the CPU, with equal weights on every process, and stay the same objects.
+        Whole models (not `shares_forward`) do not come here: they move when a phase needs them.
         """
 
     def prepare(

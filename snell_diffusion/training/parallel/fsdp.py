@@ -58,7 +58,7 @@ class ShardedBase(Parallel):
                 )
         self._classes: dict[nn.Module, type[nn.Module]] = {}
 
-    def place(self, components: Mapping[str, nn.Module]) -> None:
+    def divide(self, components: Mapping[str, nn.Module]) -> None:
         whole = set(adapter_parameters(components))
         for parameter in whole:
             parameter.data = parameter.data.to(self.device)

@@ -4,10 +4,6 @@ What torch's DDP wrapper would overlap with the backward pass is one small excha
 adapters train; without the wrapper, modules keep their names and classes.
 """
 
-from collections.abc import Mapping
-
-from torch import nn
-
 from snell_diffusion.training.parallel.base import Parallel
 
 
@@ -17,7 +13,3 @@ class Replicated(Parallel):
     @property
     def name(self) -> str:  # type: ignore[override]
         return "none" if self.world == 1 else "DDP"
-
-    def place(self, components: Mapping[str, nn.Module]) -> None:
-        for model in components.values():
-            model.to(self.device)

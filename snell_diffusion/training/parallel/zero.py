@@ -56,19 +56,14 @@ class Zero(Parallel):
     def shares_forward(self) -> bool:  # type: ignore[override]
         return self.settings.stage == 3
 
-    def place(self, components: Mapping[str, nn.Module]) -> None:
-        if self.settings.stage == 3:
-            self._divide(components)
-        for model in components.values():
-            model.to(self.device)
-
-    def _divide(self, components: Mapping[str, nn.Module]) -> None:
-        """Keep this process's part of every frozen weight, one weight after the other."""
+    def divide(self, components: Mapping[str, nn.Module]) -> None:
         whole = set(adapter_parameters(components))
         base = [p for model in components.values() for p in model.parameters() if p not in whole]
         self._deepspeed.zero.Init(
             module=nn.ParameterList(base), config_dict_or_path=self._config(components)
         )
+        for model in components.values():
+            model.to(self.device)
 
     def _config(self, components: Mapping[str, nn.Module]) -> dict[str, Any]:
         return self.settings.deepspeed_config(
