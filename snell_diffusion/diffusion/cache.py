@@ -143,7 +143,8 @@ def _save(path: Path, mark: str, tensors: Tensors) -> None:
     def write(temporary: Path) -> None:
         save_file(tensors, temporary, metadata)
 
-    write_with(path, write, durable=False, mark=f"{uuid4().hex}-")
+    ours = f"{uuid4().hex}-"
+    write_with(path, write, durable=False, mark=ours, setting="cache_dir")
 
 
 def _load(path: Path, mark: str) -> Tensors | None:

@@ -25,10 +25,10 @@ from snell_diffusion.training.errors import OutputError
 _TEMPORARY = re.compile(r"\.tmp-(\d{1,10})-.+", re.DOTALL)
 _CLOCK_SECONDS = 5.0  # the clock that start times are counted from may be corrected
 _ADVICE = {
-    errno.ENOSPC: "free space there, or choose another output_dir",
-    errno.EDQUOT: "free space within your quota, or choose another output_dir",
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or choose another output_dir",
-    errno.EROFS: "choose an output_dir that can be written to",
+    errno.ENOSPC: "free space there",
+    errno.EDQUOT: "free space within your quota",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EROFS: "make that disk writable",
 }
 
 
@@ -53,11 +53,18 @@ def process_alive(pid: int, created: float | None = None) -> bool:
         return False
 
 
-def cannot_write(path: Path, error: OSError) -> OutputError:
-    """The error for a write that the disk refused: which file, why, which disk, what to do."""
-    advice = _ADVICE.get(error.errno or 0, "check its permissions, or choose another output_dir")
+def cannot_write(path: Path, error: OSError, setting: str = "output_dir") -> OutputError:
+    """The error for a write that the disk refused: which file, why, which disk, what to do.
+
+    Args:
+        path: What was to be written.
+        error: Why it was not.
+        setting: The setting that says where such files go.
+    """
+    advice = _ADVICE.get(error.errno or 0, "check its permissions")
     return OutputError(
-        f"{path} could not be written: {error.strerror or error}; {disk_of(path)}; {advice}"
+        f"{path} could not be written: {error.strerror or error}; {disk_of(path)}; {advice}, or "
+        f"choose another {setting}"
     )
 
 
@@ -127,7 +134,12 @@ def remove(path: Path) -> None:
 
 
 def write_with(
-    path: Path, write: Callable[[Path], object], *, durable: bool = True, mark: str = ""
+    path: Path,
+    write: Callable[[Path], object],
+    *,
+    durable: bool = True,
+    mark: str = "",
+    setting: str = "output_dir",
 ) -> None:
     """Let `write` fill a temporary sibling of `path`, then rename it into place.
 
@@ -137,6 +149,7 @@ def write_with(
         durable: Also fsync the file and its folder. False for files that are only informative.
         mark: Tells this write from one of another machine or container under the same process id,
             where such may write the same file; begins the temporary name.
+        setting: The setting that says where such files go, for the error.
 
     Raises:
         OutputError: The disk refused the write; `path` is what it was before.
@@ -152,7 +165,7 @@ def write_with(
         if durable:
             sync_path(path.parent)
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise cannot_write(path, error, setting) from error
     finally:
         # On a disk that refuses writes this is refused too; the next sweep removes what is left.
         with suppress(OSError):

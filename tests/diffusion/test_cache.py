@@ -1,5 +1,6 @@
 """What is encoded once may lie on disk: an entry answers for exactly what it was made from."""
 
+import errno
 import math
 import os
 import shutil
@@ -17,6 +18,7 @@ from snell_diffusion.diffusion.cache import Cache, fingerprint, model_digest, to
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.training import run
 from snell_diffusion.errors import SnellaConfigError
+from snell_diffusion.training.errors import OutputError
 from tests import tiny_models
 from tests.diffusion.training_runs import config
 
@@ -104,6 +106,17 @@ def test_a_cache_that_cannot_be_written_is_refused_first(
     assert not (tmp_path / "run").exists()
     Cache(tmp_path / "new" / "folder").check()
     assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_is_told_with_the_setting_of_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(caches, "save_file", full)
+    with pytest.raises(OutputError, match=r"free space there, or choose another cache_dir$"):
+        ask(tmp_path)
 
 
 def test_runs_elsewhere_may_write_the_same_entry(tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ def test_the_folder_is_made_and_nothing_else_is_left(tmp_path: Path) -> None:
         (errno.ENOSPC, "free space there, or choose another output_dir"),
         (errno.EDQUOT, "free space within your quota"),
         (errno.EFBIG, "raise the limit on file sizes"),
-        (errno.EROFS, "choose an output_dir that can be written to"),
-        (errno.EIO, "check its permissions"),
+        (errno.EROFS, "make that disk writable, or choose another output_dir"),
+        (errno.EIO, "check its permissions, or choose another output_dir"),
     ],
 )
 def test_a_refused_write_keeps_the_old_file(tmp_path: Path, code: int, advice: str) -> None:
