@@ -120,7 +120,7 @@ class Data:
     aspect_ratio_buckets: str | None = _help(
         None,
         "Train photos in their own aspect ratio, about resolution x resolution pixels in all: auto "
-        "(true in YAML), or shapes as height,width;height,width, sides 8 to 4096. Default: "
+        "(or true), or shapes as height,width;height,width, sides 8 to 4096. Default: "
         "squares.",
     )
     bucket_step: Count | None = _help(
@@ -454,8 +454,8 @@ class TrainConfig(Run, Feedback, Optimization, Method, Prior, Data, BaseModel):
     @field_validator("aspect_ratio_buckets", mode="before")
     @classmethod
     def _shapes(cls, value: Any) -> Any:
-        if isinstance(value, bool):
-            return "auto" if value else None
+        if str(value).lower() in ("true", "false"):  # of YAML, or a text of the command line
+            return "auto" if str(value).lower() == "true" else None
         if isinstance(value, list):
             return ";".join(",".join(map(str, pair)) for pair in value)
         return value

@@ -119,6 +119,8 @@ def test_settings_of_data_and_prior_are_checked(changes: dict[str, Any], message
 def test_buckets_may_be_true_or_a_list() -> None:
     for value, text in ((True, "auto"), (False, None), ([[48, 32], [32, 48]], "48,32;32,48")):
         assert make_config({**DOG, "aspect_ratio_buckets": value}).aspect_ratio_buckets == text
+    for value, text in (("true", "auto"), ("False", None)):  # as the command line gives them
+        assert make_config({**DOG, "aspect_ratio_buckets": value}).aspect_ratio_buckets == text
 
 
 # -- photos ---------------------------------------------------------------------------------------
