@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from snell_diffusion.diffusion.config import TrainConfig
+from snell_diffusion.diffusion.config_idle import idle_settings
 from snell_diffusion.diffusion.framing import shapes
 from snell_diffusion.diffusion.inputs import Photos
 from snell_diffusion.diffusion.objective import build_loss
@@ -66,6 +67,7 @@ def dry_run(
         f"layers ({size.adapted:,} weights)",
         *photos.summary(config, shapes(config, model.family.multiple)),
         *size_notes(config, model),
+        *idle_settings(config),
         f"one step: {seconds:.2f} s; {config.max_train_steps} steps take about {total}, without "
         f"pictures and class images",
         f"one checkpoint: {saved / 2**20:.1f} MiB on disk",

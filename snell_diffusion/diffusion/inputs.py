@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from snell_diffusion.diffusion.concepts import ConceptConfig
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.data import Photo, Search, data_digest, find_photos
-from snell_diffusion.diffusion.framing import Size, nearest
+from snell_diffusion.diffusion.framing import Size, View, nearest
 from snell_diffusion.diffusion.likeness import duplicates, enlarged, near_duplicates
+from snell_diffusion.diffusion.pixels import read_mask_pixels
 from snell_diffusion.diffusion.prior import class_images
 from snell_diffusion.diffusion.run_folder import RunFolder
 from snell_diffusion.errors import SnellaConfigError, shown
@@ -93,6 +94,7 @@ class Photos:
         lines = [f"photos: {len(self.instance)} to train on, {len(self.held_out)} held out"]
         lines += self._concept_lines(config)
         lines += self._use_lines(shapes)
+        lines += self._unseen_lines(config, shapes)
         twins = duplicates(everything)
         if twins:
             lines.append(f"photos that equal an earlier one: {', '.join(twins)}")
@@ -138,6 +140,22 @@ class Photos:
             named = [f"{width}x{height} for {n}" for (height, width), n in sorted(found.items())]
             lines.append(f"shapes in pixels (width x height) and photos: {', '.join(named)}")
         return lines
+
+    def _unseen_lines(self, config: TrainConfig, shapes: Sequence[Size]) -> list[str]:
+        """Photos of which nothing counts, since all that is white in their mask is cut off."""
+        if config.unmasked_weight or not config.center_crop:
+            return []
+        unseen = [
+            photo.path.name
+            for photo in (*self.instance, *self.held_out)
+            if photo.mask and not read_mask_pixels(photo, nearest(photo.size, shapes), View()).any()
+        ]
+        if not unseen:
+            return []
+        return [
+            f"photos that teach nothing, for the cut leaves only black of their mask and "
+            f"unmasked_weight is 0: {shown(unseen)}; crop them by hand around the subject"
+        ]
 
 
 def _split(config: TrainConfig, concept: ConceptConfig) -> tuple[list[Photo], list[Photo]]:

@@ -17,6 +17,7 @@ from snell_diffusion.diffusion.cache import Cache
 from snell_diffusion.diffusion.card import Facts, write_card
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.config_files import config_text, config_values
+from snell_diffusion.diffusion.config_idle import idle_settings
 from snell_diffusion.diffusion.data import Photo, data_digest
 from snell_diffusion.diffusion.drawing import LedSampler
 from snell_diffusion.diffusion.dry_run import dry_run
@@ -143,7 +144,7 @@ class Trainer:
         self._config, self._folder, self._photos = config, folder, photos
         self._parallel, self._stop, self._on_event = parallel, stop, on_event
         self._closing = ExitStack()
-        self._notes: list[str] = []
+        self._notes = idle_settings(config)
         checkpoint = self._find_checkpoint()
         if checkpoint is None:  # a resumed run compares the images themselves
             require_recipes(config, folder)

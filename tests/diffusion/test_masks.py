@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,3 +176,24 @@ def test_masks_count_only_where_asked(tmp_path: Path) -> None:
     assert unused.digest() != used.digest()
     assert "masks: 1 are there, and masked_loss is off" in unused.summary(config, [(16, 16)])
     assert any(line.startswith("masks: 1 of 1") for line in used.summary(config, [(16, 16)]))
+
+
+def test_photos_whose_white_is_cut_off_are_told(tmp_path: Path) -> None:
+    for name, width in (("wide.png", 64), ("near.png", 24)):
+        photo(tmp_path / name, width)
+        mask = np.zeros((24, width), np.uint8)
+        mask[:, :8] = 255
+        Image.fromarray(mask).save(tmp_path / name.replace(".png", ".mask.png"))
+    photo(tmp_path / "bare.png", 64)
+    photos, square, own = found(tmp_path, masked_loss=True), [(16, 16)], [(16, 40), (16, 16)]
+
+    def told(shapes: list[tuple[int, int]], **changes: Any) -> list[str]:
+        values = {"instance_data_dir": str(tmp_path), "instance_prompt": "x", "masked_loss": True}
+        config = TrainConfig(**{**values, "unmasked_weight": 0.0, **changes})
+        return [line for line in photos.summary(config, shapes) if "teach nothing" in line]
+
+    (line,) = told(square)
+    assert line.endswith("unmasked_weight is 0: wide.png; crop them by hand around the subject")
+    assert told(own) == []
+    assert told(square, unmasked_weight=0.1) == []
+    assert told(square, center_crop=False, cache_latents=False) == []
