@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = [
     "HALVES",
@@ -109,7 +110,8 @@ def device_of(layer: nn.Module) -> torch.device:
 def has_plain_weight(layer: nn.Module) -> bool:
     """Whether the weight is floats as they stand: not quantized, packed, renamed or sharded."""
     weight: Tensor | None = getattr(layer, "weight", None)
-    if weight is None or type(weight) not in (nn.Parameter, Tensor):
+    # Fake tensors stand for plain ones where memory is computed from shapes.
+    if weight is None or type(weight) not in (nn.Parameter, Tensor, FakeTensor):
         return False
     return weight.dtype in FLOATS and weight.ndim == (4 if isinstance(layer, nn.Conv2d) else 2)
 
