@@ -70,6 +70,7 @@ class Cache:
     def __init__(self, folder: Path | None, writable: bool = True) -> None:
         self._folder, self._writable = folder, writable
         self.found = self.made = self.damaged = 0
+        self._encoders: dict[str, Any] = {}
 
     @property
     def used(self) -> bool:
@@ -92,6 +93,17 @@ class Cache:
                 f"cache_dir '{self._folder}' cannot be used: '{place}' {reason}; name another "
                 f"folder, or leave it out to keep the cache in memory"
             )
+
+    def encoder(self, name: str, read: Callable[[], Any]) -> Any:
+        """What entries say of an encoder, read off it once: it stays the same through a run.
+
+        Args:
+            name: Which encoder.
+            read: Reads it; of large encoders that takes seconds.
+        """
+        if name not in self._encoders:
+            self._encoders[name] = read()
+        return self._encoders[name]
 
     def get(self, kind: str, depends_on: Mapping[str, Any], make: Callable[[], Tensors]) -> Tensors:
         """The tensors of an entry, on the CPU where they come from disk.

@@ -6,7 +6,6 @@ one prompt at a time, so that no entry depends on what else a run encodes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -74,15 +73,15 @@ class TextTable:
 
     @torch.no_grad()
     def _kept(self, prompt: str) -> Conditions:
-        depends_on = {"prompt": prompt, **self._encoders} if self._cache.used else {}
+        depends_on = {"prompt": prompt, **self._encoders()} if self._cache.used else {}
         found = self._cache.get("text", depends_on, lambda: self._encode([prompt]))
         if not all(all(finite_rows(rows)) for rows in found.values()):
             self.problems.append(f"prompt '{prompt}'")
         return {name: rows.to(self._model.device) for name, rows in found.items()}
 
-    @cached_property
     def _encoders(self) -> dict[str, str]:
-        return text_fingerprint(self._model.family, self._model.pipe)
+        model = self._model
+        return self._cache.encoder("text", lambda: text_fingerprint(model.family, model.pipe))
 
     def _encode(self, prompts: Sequence[str]) -> Conditions:
         return self._model.encode_text(prompts)
@@ -147,12 +146,8 @@ class Latents:
             "crop": view.crop,
             "flip": view.flip,
             "family": self._model.family.name,
-            "vae": self._vae,
+            "vae": self._cache.encoder("vae", lambda: model_digest(self._model.pipe.vae)),
         }
-
-    @cached_property
-    def _vae(self) -> str:
-        return model_digest(self._model.pipe.vae)
 
     def _encode(self, photo: Photo, shape: Size, view: View) -> Tensors:
         mean, std = self._posterior(read_pixels(photo, shape, view)[None])

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from snell_diffusion.diffusion import cache as caches
+from snell_diffusion.diffusion import encoded
 from snell_diffusion.diffusion.cache import Cache, fingerprint, model_digest, tokenizer_digest
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.training import run
@@ -216,3 +217,18 @@ def test_a_run_is_the_same_with_and_without_its_cache(tiny_base: Path, tmp_path:
         cut(path)
     again("damaged")
     assert "8 entries found, 2 made, 2 of them in place of damaged ones" in told["damaged"]
+
+
+def test_encoders_are_read_once_a_run(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Photos, held-out photos and prompts of both ask for them; a T5 takes seconds to read."""
+    asked: list[str] = []
+
+    def digest(model: torch.nn.Module) -> str:
+        asked.append(type(model).__name__)
+        return model_digest(model)
+
+    monkeypatch.setattr(encoded, "model_digest", digest)
+    run(config(tiny_base, tmp_path, max_train_steps=1, cache_dir=str(tmp_path / "cache")))
+    assert sorted(asked) == ["AutoencoderKL", "CLIPTextModel"]
