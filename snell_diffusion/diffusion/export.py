@@ -23,10 +23,10 @@ from snell_diffusion.adapters.tokens import (
     words_of,
 )
 from snell_diffusion.adapters.vocabulary import Vocabulary
+from snell_diffusion.diffusion.families.base import load_stock
 from snell_diffusion.diffusion.loaded import models_of, tokenizers_of
 from snell_diffusion.errors import SnellaBaseError, SnellaFileError
 from snell_diffusion.models import SHIPPED_BASES, embedded_path
-from snell_diffusion.versions import require
 
 __all__ = ["REPORT_NAME", "export_merged"]
 
@@ -106,18 +106,10 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 
 def _load(base: str, revision: str | None) -> Any:
-    require("diffusers", "transformers")
-    from diffusers import DiffusionPipeline
-
     if base in SHIPPED_BASES:
         base = str(embedded_path(base))
     try:
-        index = DiffusionPipeline.load_config(base, revision=revision)
-        # diffusers wants to be told of parts that the index says are absent, a T5 for example
-        absent = {name: None for name, part in index.items() if part == [None, None]}
-        return DiffusionPipeline.from_pretrained(
-            base, revision=revision, dtype=torch.float32, use_safetensors=True, **absent
-        )
+        return load_stock(base, revision=revision, dtype=torch.float32)
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0][:200]
         raise SnellaBaseError(

@@ -18,6 +18,10 @@ prompts stack; masks are entries too. The trainer adds "geometry", float32 [B, 6
 and width of the photo, top and left of its crop after resizing, height and width trained on.
 """
 
+# The attention of transformers that have projections of their own for the text's tokens.
+_PICTURE = ("to_q", "to_k", "to_v", "to_out.0")
+JOINT_TARGETS = (*_PICTURE, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
 
 @dataclass(frozen=True)
 class SampleRequest:
@@ -54,6 +58,24 @@ class SampleRequest:
         """The empty prompt's `name`, one row for each picture."""
         row = self.unconditional[name]
         return row.expand(len(self.generators), *row.shape[1:])
+
+
+def load_stock(source: str, **options: Any) -> Any:
+    """The pipeline that model_index.json names, silent.
+
+    Args:
+        source: Folder or hub id.
+        options: More arguments of `from_pretrained`.
+    """
+    from diffusers import DiffusionPipeline
+
+    index = DiffusionPipeline.load_config(source, revision=options.get("revision"))
+    # diffusers wants to be told of parts that the index says are absent, a T5 for example.
+    absent = {name: None for name, part in index.items() if part == [None, None]}
+    options = {"use_safetensors": True, **absent, **options}
+    pipe = DiffusionPipeline.from_pretrained(source, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from snell_diffusion.diffusion import kl_vae
-from snell_diffusion.diffusion.families.base import Conditions, Family, SampleRequest
+from snell_diffusion.diffusion.families.base import (
+    JOINT_TARGETS,
+    Conditions,
+    Family,
+    SampleRequest,
+    load_stock,
+)
 from snell_diffusion.diffusion.flow import FlowObjective, scheduler_shift
 from snell_diffusion.diffusion.packing import grid, pack, unpack
 from snell_diffusion.diffusion.timesteps import TimestepSettings
 
 TRAINING_GUIDANCE = 1.0
-
-
-def load(source: str, **options: Any) -> Any:
-    from diffusers import FluxPipeline
-
-    pipe = FluxPipeline.from_pretrained(source, use_safetensors=True, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def encode_text(pipe: Any, prompts: Sequence[str]) -> Conditions:
@@ -81,20 +79,11 @@ FAMILY = Family(
     denoiser="transformer",
     text_encoders=("text_encoder",),
     tokenizers=("tokenizer",),
-    targets=(
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    ),
+    targets=JOINT_TARGETS,
     text_targets=("q_proj", "k_proj", "v_proj", "out_proj"),
     multiple=16,
     native_size=native_size,
-    load=load,
+    load=load_stock,
     encode_text=encode_text,
     encode_images=kl_vae.encode_images,
     decode_latents=kl_vae.decode_latents,

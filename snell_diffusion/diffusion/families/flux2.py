@@ -7,21 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snell_diffusion.diffusion.families.base import Conditions, Family, SampleRequest
+from snell_diffusion.diffusion.families.base import (
+    JOINT_TARGETS,
+    Conditions,
+    Family,
+    SampleRequest,
+    load_stock,
+)
 from snell_diffusion.diffusion.flow import FlowObjective
 from snell_diffusion.diffusion.kl_vae import to_pixels
 from snell_diffusion.diffusion.packing import grid
 from snell_diffusion.diffusion.timesteps import TimestepSettings
 
 _MANY_STEPS = 200
-
-
-def load(source: str, **options: Any) -> Any:
-    from diffusers import Flux2KleinPipeline
-
-    pipe = Flux2KleinPipeline.from_pretrained(source, use_safetensors=True, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def encode_text(pipe: Any, prompts: Sequence[str]) -> Conditions:
@@ -112,21 +110,11 @@ FAMILY = Family(
     denoiser="transformer",
     text_encoders=("text_encoder",),
     tokenizers=("tokenizer",),
-    targets=(
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-        "to_qkv_mlp_proj",
-    ),
+    targets=(*JOINT_TARGETS, "to_qkv_mlp_proj"),
     text_targets=("q_proj", "k_proj", "v_proj", "o_proj"),
     multiple=16,
     native_size=native_size,
-    load=load,
+    load=load_stock,
     encode_text=encode_text,
     encode_images=encode_images,
     decode_latents=decode_latents,

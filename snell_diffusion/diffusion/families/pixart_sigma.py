@@ -10,18 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from snell_diffusion.diffusion import kl_vae
-from snell_diffusion.diffusion.families.base import Conditions, Family, SampleRequest
+from snell_diffusion.diffusion.families.base import Conditions, Family, SampleRequest, load_stock
 from snell_diffusion.diffusion.losses import DiffusionObjective
 from snell_diffusion.diffusion.prompts import encode_masked
 from snell_diffusion.diffusion.timesteps import TimestepSettings
-
-
-def load(source: str, **options: Any) -> Any:
-    from diffusers import DiffusionPipeline
-
-    pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def encode_text(pipe: Any, prompts: Sequence[str]) -> Conditions:
@@ -85,7 +77,7 @@ FAMILY = Family(
     text_targets=("q", "k", "v", "o"),
     multiple=16,
     native_size=native_size,
-    load=load,
+    load=load_stock,
     encode_text=encode_text,
     encode_images=kl_vae.encode_images,
     decode_latents=kl_vae.decode_latents,

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from snell_diffusion.diffusion.families.base import Conditions, Family, SampleRequest
+from snell_diffusion.diffusion.families.base import (
+    JOINT_TARGETS,
+    Conditions,
+    Family,
+    SampleRequest,
+    load_stock,
+)
 from snell_diffusion.diffusion.flow import NUM_TIMESTEPS, FlowObjective, scheduler_shift
 from snell_diffusion.diffusion.kl_vae import to_pixels
 from snell_diffusion.diffusion.packing import pack, unpack
@@ -15,14 +21,6 @@ from snell_diffusion.diffusion.prompts import pad_rows, unpad_rows
 from snell_diffusion.diffusion.timesteps import TimestepSettings
 
 _PROMPT_LENGTH = 512  # as the pipeline's own
-
-
-def load(source: str, **options: Any) -> Any:
-    from diffusers import QwenImagePipeline
-
-    pipe = QwenImagePipeline.from_pretrained(source, use_safetensors=True, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def encode_text(pipe: Any, prompts: Sequence[str]) -> Conditions:
@@ -114,20 +112,11 @@ FAMILY = Family(
     denoiser="transformer",
     text_encoders=("text_encoder",),
     tokenizers=("tokenizer",),
-    targets=(
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    ),
+    targets=JOINT_TARGETS,
     text_targets=("q_proj", "k_proj", "v_proj", "o_proj"),
     multiple=16,
     native_size=native_size,
-    load=load,
+    load=load_stock,
     encode_text=encode_text,
     encode_images=encode_images,
     decode_latents=decode_latents,

@@ -7,19 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snell_diffusion.diffusion.families.base import Conditions, Family, SampleRequest
+from snell_diffusion.diffusion.families.base import Conditions, Family, SampleRequest, load_stock
 from snell_diffusion.diffusion.flow import FlowObjective, scheduler_shift
 from snell_diffusion.diffusion.kl_vae import to_pixels
 from snell_diffusion.diffusion.prompts import encode_masked
 from snell_diffusion.diffusion.timesteps import TimestepSettings
-
-
-def load(source: str, **options: Any) -> Any:
-    from diffusers import SanaPipeline
-
-    pipe = SanaPipeline.from_pretrained(source, use_safetensors=True, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def encode_text(pipe: Any, prompts: Sequence[str]) -> Conditions:
@@ -90,7 +82,7 @@ FAMILY = Family(
     text_targets=("q_proj", "k_proj", "v_proj", "o_proj"),
     multiple=32,
     native_size=native_size,
-    load=load,
+    load=load_stock,
     encode_text=encode_text,
     encode_images=encode_images,
     decode_latents=decode_latents,

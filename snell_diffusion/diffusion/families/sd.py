@@ -7,24 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from snell_diffusion.diffusion import kl_vae
-from snell_diffusion.diffusion.families.base import Conditions, Family, SampleRequest
+from snell_diffusion.diffusion.families.base import Conditions, Family, SampleRequest, load_stock
 from snell_diffusion.diffusion.losses import DiffusionObjective
 from snell_diffusion.diffusion.timesteps import TimestepSettings
 
 
 def load(source: str, **options: Any) -> Any:
-    from diffusers import DDPMScheduler, StableDiffusionPipeline
+    from diffusers import DDPMScheduler
 
-    pipe = StableDiffusionPipeline.from_pretrained(
-        source,
-        safety_checker=None,
-        requires_safety_checker=False,
-        use_safetensors=True,
-        **options,
-    )
+    pipe = load_stock(source, safety_checker=None, requires_safety_checker=False, **options)
     if not hasattr(pipe.scheduler, "alphas_cumprod"):
         pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 

@@ -12,24 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from snell_diffusion.diffusion import kl_vae
-from snell_diffusion.diffusion.families.base import Conditions, Family, SampleRequest
+from snell_diffusion.diffusion.families.base import (
+    JOINT_TARGETS,
+    Conditions,
+    Family,
+    SampleRequest,
+    load_stock,
+)
 from snell_diffusion.diffusion.flow import FlowObjective, scheduler_shift
 from snell_diffusion.diffusion.timesteps import TimestepSettings
-
-_T5 = ("text_encoder_3", "tokenizer_3")
-
-
-def load(source: str, **options: Any) -> Any:
-    from diffusers import StableDiffusion3Pipeline
-
-    index = StableDiffusion3Pipeline.load_config(source, revision=options.get("revision"))
-    # diffusers wants to be told of a missing T5, although the index says so.
-    absent = {name: None for name in _T5 if index.get(name, [None])[0] is None}
-    pipe = StableDiffusion3Pipeline.from_pretrained(
-        source, use_safetensors=True, **absent, **options
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def encode_text(pipe: Any, prompts: Sequence[str]) -> Conditions:
@@ -82,20 +73,11 @@ FAMILY = Family(
     denoiser="transformer",
     text_encoders=("text_encoder", "text_encoder_2"),
     tokenizers=("tokenizer", "tokenizer_2"),
-    targets=(
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    ),
+    targets=JOINT_TARGETS,
     text_targets=("q_proj", "k_proj", "v_proj", "out_proj"),
     multiple=16,
     native_size=native_size,
-    load=load,
+    load=load_stock,
     encode_text=encode_text,
     encode_images=kl_vae.encode_images,
     decode_latents=kl_vae.decode_latents,

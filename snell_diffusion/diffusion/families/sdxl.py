@@ -7,24 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from snell_diffusion.diffusion import kl_vae
-from snell_diffusion.diffusion.families.base import Conditions, Family, SampleRequest
+from snell_diffusion.diffusion.families.base import Conditions, Family, SampleRequest, load_stock
 from snell_diffusion.diffusion.losses import DiffusionObjective
 from snell_diffusion.diffusion.timesteps import TimestepSettings
 from snell_diffusion.errors import SnellaBaseError
 
 
 def load(source: str, **options: Any) -> Any:
-    from diffusers import StableDiffusionXLPipeline
-
-    pipe = StableDiffusionXLPipeline.from_pretrained(
-        source, use_safetensors=True, add_watermarker=False, **options
-    )
+    pipe = load_stock(source, add_watermarker=False, **options)
     if not hasattr(pipe.scheduler, "alphas_cumprod"):
         raise SnellaBaseError(
             f"base '{source}' has the scheduler {type(pipe.scheduler).__name__}, which is not one "
             f"of a discrete diffusion; Stable Diffusion XL trains with DDPM, Euler and their like"
         )
-    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
