@@ -72,8 +72,8 @@ def load_stock(source: str, **options: Any) -> Any:
     index = DiffusionPipeline.load_config(source, revision=options.get("revision"))
     # diffusers wants to be told of parts that the index says are absent, a T5 for example.
     absent = {name: None for name, part in index.items() if part == [None, None]}
-    options = {"use_safetensors": True, **absent, **options}
-    pipe = DiffusionPipeline.from_pretrained(source, **options)
+    options = {**absent, **options}
+    pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
