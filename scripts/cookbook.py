@@ -125,9 +125,11 @@ def _child_seconds() -> float:
 
 def figures(name: str) -> dict[str, Any]:
     """Held-out loss and drift at the shown steps, core-seconds and peak memory, from the logs."""
+    from snell_diffusion.training.tracking import read_log
+
     rows, runs = [], {}
     for run, step, verdict in RECIPES[name].rows:
-        events = read_events(run_folder(name, run))
+        events = read_log(run_folder(name, run) / "log.jsonl")
         at = {e["step"]: e for e in events if e["event"] == "validation"}
         if step not in at:
             raise ValueError(
@@ -146,12 +148,6 @@ def figures(name: str) -> dict[str, Any]:
         memory = next(e["memory"] for e in events if e["event"] == "finished")
         runs[run] = {"core_seconds": round(seconds), "peak_gib": round(memory / 2**30, 2)}
     return {"rows": rows, "runs": runs}
-
-
-def read_events(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run's log."""
-    lines = (folder / "log.jsonl").read_text("utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def draw_grid(name: str, numbers: dict[str, Any]) -> Path:

@@ -5,7 +5,6 @@ demo.png. Run it as `python -m scripts.demo CONFIG` from the root of the project
 """
 
 import argparse
-import json
 import os
 import resource
 import subprocess
@@ -87,9 +86,9 @@ def measured(run: Path) -> tuple[float, float]:
     Raises:
         ValueError: The run measured none.
     """
-    lines = (run / "log.jsonl").read_text("utf-8").splitlines()
-    events = [json.loads(line) for line in lines]
-    losses = [event for event in events if event["event"] == "validation"]
+    from snell_diffusion.training.tracking import read_log
+
+    losses = [event for event in read_log(run / "log.jsonl") if event["event"] == "validation"]
     if not losses:
         raise ValueError(f"{run / 'log.jsonl'} holds no validation: the config must name a holdout")
     return losses[-1]["validation_loss_base"], losses[-1]["validation_loss"]
