@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -176,11 +176,9 @@ class Header(_Strict):
 
     def features(self) -> set[str]:
         """What a reader must know to use the file."""
-        found = {part.method for part in self.components.values()}
-        if self.tokens is not None:
-            found.add("tokens")
-        kinds = {row.kind for part in self.components.values() for row in part.layers.values()}
-        return found | ({"conv"} if "conv2d" in kinds else set())
+        parts = self.components.values()
+        kinds = {row.kind for part in parts for row in part.layers.values()}
+        return features_of({part.method for part in parts}, kinds, self.tokens is not None)
 
     def to_json(self) -> str:
         """The text that goes into a file: compact, numbers exact, layers in the model's order."""
@@ -406,6 +404,12 @@ def _check_needed(header: Header, source: str, hint: str) -> None:
                 f"{source}: header field 'format': expected {_SINCE[feature]} or later, which has "
                 f"{feature!r}, got {header.format}; {hint}"
             )
+
+
+def features_of(methods: Set[str], kinds: Set[str], words: bool) -> set[str]:
+    """What a reader must know: the methods, and what not every reader of the format has."""
+    later = {"conv": "conv2d" in kinds, "tokens": words}
+    return {*methods, *(feature for feature, used in later.items() if used)}
 
 
 def version_of(text: str) -> tuple[int, int]:

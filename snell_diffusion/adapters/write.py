@@ -20,6 +20,7 @@ from snell_diffusion.adapters.schema import (
     WRITING,
     Header,
     digest,
+    features_of,
     format_for,
     header_from,
 )
@@ -147,7 +148,8 @@ def describe(
         )
     tokens, rows = describe_tokens(components, adapter_name)
     tensors |= rows
-    features = _features(parts, tokens)
+    kinds = {row["kind"] for part in parts.values() for row in part["layers"].values()}
+    features = features_of({part["method"] for part in parts.values()}, kinds, bool(tokens))
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise SnellaValueError(
@@ -168,16 +170,6 @@ def describe(
         hint=WRITING,
     )
     return header, tensors
-
-
-def _features(parts: Mapping[str, Any], tokens: Any) -> set[str]:
-    """What a reader must know: the methods, and what not every reader of the format has."""
-    kinds = {row["kind"] for part in parts.values() for row in part["layers"].values()}
-    return {
-        *(part["method"] for part in parts.values()),
-        *(["conv"] if "conv2d" in kinds else []),
-        *(["tokens"] if tokens else []),
-    }
 
 
 def _origin(value: str | None) -> str | None:
