@@ -17,9 +17,10 @@ from snell_diffusion.adapters.tokens import TENSOR, words_of
 from snell_diffusion.errors import SnellaFileError
 from snell_diffusion.tuners.tokens import Word
 
-__all__ = ["EMBEDS_NAME", "embeds_paths", "export_words", "write_embeds"]
+__all__ = ["EMBEDS_GLOB", "EMBEDS_NAME", "embeds_paths", "export_words", "write_embeds"]
 
 EMBEDS_NAME = "learned_embeds.safetensors"
+EMBEDS_GLOB = "learned_embeds*.safetensors"  # of one word, or of each of several
 
 _CLIP = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 

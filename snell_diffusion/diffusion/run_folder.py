@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from snell_diffusion.adapters.export_tokens import EMBEDS_NAME
+from snell_diffusion.adapters.export_tokens import EMBEDS_GLOB, EMBEDS_NAME
 from snell_diffusion.diffusion.concepts import ConceptConfig
 from snell_diffusion.diffusion.config import Feedback, TrainConfig
 from snell_diffusion.diffusion.config_files import config_values
@@ -146,7 +146,7 @@ class RunFolder:
         for folder in (self.path, *(self.path / name for name in FOLDERS)):
             sweep(folder)
         if self.config.overwrite and not self.config.resume_from_checkpoint:
-            words = [path.name for path in self.path.glob("learned_embeds_*.safetensors")]
+            words = [path.name for path in self.path.glob(EMBEDS_GLOB)]
             for name in (*FILES, *words, *FOLDERS):
                 if name != CLASS_IMAGES:
                     remove(self.path / name)

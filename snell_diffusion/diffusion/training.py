@@ -13,6 +13,7 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState
 
+from snell_diffusion.adapters.export_tokens import EMBEDS_GLOB
 from snell_diffusion.diffusion.cache import Cache
 from snell_diffusion.diffusion.card import Facts, write_card
 from snell_diffusion.diffusion.config import TrainConfig
@@ -185,7 +186,7 @@ class Trainer:
             result.adapter_path,
             card,
             *(folder / name for name in pictures),
-            *sorted(folder.glob("learned_embeds*.safetensors")),
+            *sorted(folder.glob(EMBEDS_GLOB)),
             *sorted((folder / "samples").glob("step-*.png")),
         ]
 
