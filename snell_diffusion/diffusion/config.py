@@ -574,11 +574,6 @@ class TrainConfig(Run, Feedback, Optimization, Method, Prior, Data, BaseModel):
         return self.with_prior_preservation and self.prior_loss == "images"
 
     @property
-    def trains_text(self) -> bool:
-        """Whether the text encoders' output changes during training, so that it is not cached."""
-        return self.train_text_encoder or bool(self.new_tokens)
-
-    @property
     def prompts(self) -> list[str]:
         """Prompts of the sample sheet, in order."""
         first = [] if self.validation_prompt is None else [self.validation_prompt]

@@ -111,7 +111,8 @@ def build_loss(
     if config.cache_latents:
         for some in latents:
             some.fill()
-    text = _text_table(config, model, [p for draws in streams for p in draws.prompts()], cache)
+    prompts = [prompt for draws in streams for prompt in draws.prompts()]
+    text = TextTable(model, prompts, model.text_is_frozen, cache)
     _require_sound(latents, text, parallel)
     reader = PixelReader(streams, config)
     closing.callback(reader.close)
@@ -137,16 +138,10 @@ def build_probe(
     prompts = [p.prompt for p in photos]
     draws = Draws(config, "probe", photos, 1, 0, 1, shapes(config, model.family.multiple))
     latents = Latents(model, draws, config, cache)
-    text = _text_table(config, model, prompts, cache)
+    text = TextTable(model, prompts, model.text_is_frozen, cache)
     shown = [latents.mean(index) for index in range(len(photos))]
     _require_sound([latents], text, parallel)
     return Probe(model, text, shown, prompts, config.validation_timesteps, config.masked_loss)
-
-
-def _text_table(
-    config: TrainConfig, model: Model, prompts: Sequence[str], cache: Cache
-) -> TextTable:
-    return TextTable(model, prompts, not config.trains_text, cache)
 
 
 def _require_sound(latents: Sequence[Latents], text: TextTable, parallel: Parallel) -> None:
