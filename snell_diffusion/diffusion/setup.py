@@ -14,6 +14,7 @@ from snell_diffusion.adapters.identity import config_hash
 from snell_diffusion.diffusion.compiling import compile_denoiser
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.families import Conditions, Family, family_of
+from snell_diffusion.diffusion.loaded import models_of
 from snell_diffusion.diffusion.losses import Objective
 from snell_diffusion.diffusion.new_tokens import add_words, new_words
 from snell_diffusion.diffusion.phases import Phases, place
@@ -85,17 +86,12 @@ def load_base(config: TrainConfig) -> tuple[Family, Any]:
     options = {"revision": config.revision, "variant": config.variant}
     given = {name: value for name, value in options.items() if value is not None}
     pipe = family.load(source, dtype=precisions, **given, **quantized)
-    for name, model in _models(pipe).items():
+    for name, model in models_of(pipe).items():
         wanted = precisions.get(name, precisions["default"])
         if model.dtype != wanted and not (quantized and name == family.denoiser):
             model.to(wanted)
         model.requires_grad_(False).eval()
     return family, pipe
-
-
-def _models(pipe: Any) -> dict[str, Any]:
-    """The pipeline's components that have weights."""
-    return {n: part for n, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
 def precisions_of(config: TrainConfig, family: Family) -> dict[str, torch.dtype]:
@@ -125,7 +121,7 @@ def base_digest(family: Family, pipe: Any) -> str:
 
     Of every weight 64 numbers count, with its name and shape.
     """
-    models = _models(pipe)
+    models = models_of(pipe)
     others = sorted(models.keys() - {family.denoiser, "vae"})
     found = hashlib.sha256(config_hash(pipe.scheduler).encode())
     for name in (family.denoiser, *others, "vae"):
@@ -257,7 +253,7 @@ def build_model(
     base = base_digest(family, pipe)
     components = add_adapters(config, family, pipe)
     counted = sizes(components)
-    phases = place(config, _models(pipe), components, device, parallel)
+    phases = place(config, models_of(pipe), components, device, parallel)
     for model in components.values():
         model.train()
         if config.gradient_checkpointing:

@@ -9,7 +9,7 @@ from pathlib import Path
 from snell_diffusion.diffusion.families.base import Conditions, Family, SampleRequest
 from snell_diffusion.errors import SnellaBaseError
 
-__all__ = ["Conditions", "Family", "SampleRequest", "families", "family_of"]
+__all__ = ["Conditions", "Family", "SampleRequest", "covering", "families", "family_of"]
 
 
 @cache
@@ -29,12 +29,20 @@ def family_of(source: str, revision: str | None = None) -> Family:
     Raises:
         SnellaBaseError: There is no such file, or no family covers the class it names.
     """
-    name = _pipeline_class(source, revision)
+    return covering(_pipeline_class(source, revision), source)
+
+
+def covering(pipeline: str, source: str) -> Family:
+    """The family of a pipeline class; `source` names the base in the error.
+
+    Raises:
+        SnellaBaseError: No family covers the class.
+    """
     for family in families().values():
-        if name in family.pipelines:
+        if pipeline in family.pipelines:
             return family
     known = ", ".join(sorted(p for f in families().values() for p in f.pipelines))
-    raise SnellaBaseError(f"base '{source}' is a {name}; this trainer knows {known}")
+    raise SnellaBaseError(f"base '{source}' is a {pipeline}; this trainer knows {known}")
 
 
 def _pipeline_class(source: str, revision: str | None) -> str:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from snell_diffusion.diffusion.config import TrainConfig
-from snell_diffusion.diffusion.families import Conditions, Family, families
+from snell_diffusion.diffusion.families import Conditions, Family, covering
+from snell_diffusion.diffusion.loaded import models_of
 from snell_diffusion.diffusion.losses import squared_error
 from snell_diffusion.diffusion.memory.build import base_of, build
 from snell_diffusion.diffusion.memory.live import FakeDevice, backward, tensors_of
@@ -33,7 +34,6 @@ from snell_diffusion.diffusion.setup import (
     sizes,
     timestep_settings,
 )
-from snell_diffusion.errors import SnellaBaseError
 from snell_diffusion.training.adapter_tensors import (
     adapter_parameters,
     adapter_tensors,
@@ -92,7 +92,7 @@ def compute(config: TrainConfig) -> Computed:
         SnellaConfigError: The settings do not fit the base.
     """
     base = base_of(base_path(config))
-    family = _family(base.pipeline)
+    family = covering(base.pipeline, base_path(config))
     pipe = build(base, precisions_of(config, family))
     denoiser: nn.Module = getattr(pipe, family.denoiser)
     pack(denoiser, config.base_quantization)
@@ -108,13 +108,6 @@ def compute(config: TrainConfig) -> Computed:
     half = None if config.mixed_precision == "no" else DTYPES[config.mixed_precision]
     run = _Run(config, family, pipe, components, FakeDevice(half))
     return Computed(family.name, sizes(components), dict(run.peaks()))
-
-
-def _family(pipeline: str) -> Family:
-    for family in families().values():
-        if pipeline in family.pipelines:
-            return family
-    raise SnellaBaseError(f"no family covers {pipeline}")
 
 
 def _read_levels(model: nn.Module) -> None:
@@ -160,8 +153,7 @@ class _Run:
     ) -> None:
         self._config, self._family, self._pipe = config, family, pipe
         self._components, self._device = components, device
-        parts = pipe.components.items()
-        self._models = {name: part for name, part in parts if isinstance(part, nn.Module)}
+        self._models = models_of(pipe)
         for model in self._models.values():
             device.take(model)
         self._needs = needs_of(
