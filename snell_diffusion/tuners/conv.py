@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snell_diffusion.core import Geometry, merged_conv2d
+from snell_diffusion.tuners.effective import Multiply
 from snell_diffusion.tuners.layer import DeltaFn, DeltaLayer
-from snell_diffusion.tuners.weights import is_plain
 
 __all__ = ["ConvLayer"]
 
@@ -23,6 +23,7 @@ class ConvLayer(DeltaLayer):
     """A Conv2d that adds the updates of its active adapters; combine it with a method's layer."""
 
     kind = "conv2d"
+    stock = nn.Conv2d
 
     if TYPE_CHECKING:
 
@@ -37,12 +38,8 @@ class ConvLayer(DeltaLayer):
         conv = self.get_base_layer()
         return conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size
 
-    def is_plain(self) -> bool:
-        return is_plain(self.base_layer, nn.Conv2d)
-
-    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x, geometry = self._padded(x)
-        return F.conv2d(x, weight, bias, *geometry.arguments)
+    def operation(self) -> Multiply:
+        return self.get_base_layer()._conv_forward
 
     def multiply_trained(
         self,

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +20,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from snell_diffusion.core import fold, merged_linear
-from snell_diffusion.tuners.offload import compute_device, offloaded, onloaded
+from snell_diffusion.tuners.effective import Effective, Multiply, effective_weight, may_keep
+from snell_diffusion.tuners.offload import compute_device, onloaded
 from snell_diffusion.tuners.scale import CallScale
 from snell_diffusion.tuners.weights import (
     HALVES,
-    CachedDelta,
     Merged,
     fingerprint,
     has_plain_weight,
     is_linear_like,
     is_plain,
+    lowered_to,
     realised_error,
+    untouched,
 )
 
 if TYPE_CHECKING:
@@ -44,16 +46,24 @@ DeltaFn = Callable[..., Tensor]
 class DeltaLayer(nn.Module, BaseTunerLayer):
     """A Linear (or, in `conv.py`, a Conv2d) that adds the updates of its active adapters.
 
-    A float32 or float64 base takes part in one product with W0 + ΔW. A 16-bit base, autocast to 16
-    bits, a quantized base, a base with hooks and a base that another tuner has wrapped are called
-    as they are, and the update is a second product: rounding W0 + ΔW to 16 bits would drop every
-    entry of ΔW below half a unit of W0's last place, which early in training is nearly all of
-    them. Set `fold_16bit` on a layer or on the class to trade that for speed.
+    A float32 or float64 base takes part in one product with W0 + ΔW. A quantized base, a base with
+    hooks and a base that another tuner has wrapped are called as they are, and the update is a
+    second product. So it is in training with a 16-bit base or autocast to 16 bits: rounding
+    W0 + ΔW would drop every entry of ΔW below half a unit of W0's last place, which early in
+    training is nearly all of them.
 
-    With gradients off and in eval mode the summed ΔW is kept until a parameter, level, scale or the
-    active set changes (4 bytes per weight; `cache_in_eval = False` turns it off). Parameters that
-    require gradients are compared by content, since fused optimizers count no versions; in frozen
-    ones, writing through `parameter.data` goes unnoticed: call `clear_cache()` after it.
+    In eval mode without gradients what inputs are multiplied by is computed once and kept: W0 + ΔW
+    in the base's dtype, so that a call costs what a call of the base costs. Frozen updates are
+    folded into a 16-bit base where rounding loses at most `TOLERATED_LOSS` of ΔW, measured by layer
+    (`fold_16bit` "auto"; True always folds, in training too, False never). It is computed again
+    when a parameter, level, strength, the active set, dtype, device or the base weight changes, and
+    dropped by `train`, `eval`, merging and moving. Adapter parameters that require gradients are
+    compared by content, since fused optimizers count no versions; writing through `.data` of others
+    goes unnoticed: call `clear_cache()` after it.
+
+    `cache_in_eval` "auto" keeps it while the device has memory to spare (`effective.SPARED`), True
+    always, False never: then it is computed at every call, with the same result. It is one copy of
+    each adapted weight (`clear_cache` releases it); `merge` needs none on the device.
 
     Attributes:
         r: Rank by adapter.
@@ -75,13 +85,13 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         "trained_sparsity",
     )
     kind = "linear"
-    fold_16bit = False
-    cache_in_eval = True
+    stock: type[nn.Module] = nn.Linear
+    fold_16bit: bool | Literal["auto"] = "auto"
+    cache_in_eval: bool | Literal["auto"] = "auto"
 
     if TYPE_CHECKING:  # from peft's mixin, which has no types; torch's __getattr__ would hide them
         active_adapters: list[str]
         get_base_layer: Callable[[], nn.Linear]
-        set_adapter: Callable[..., None]
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: "DeltaConfig", key: str
@@ -101,7 +111,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._call_scale = CallScale()
         self._merged: Merged | None = None
-        self._cached: CachedDelta | None = None
+        self._kept: Effective | None = None
         self._active_adapter = adapter_name
         self.add_containers()
         self.update_layer(adapter_name, config, key)
@@ -125,11 +135,11 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def is_plain(self) -> bool:
         """Whether calling the base layer is exactly `multiply` by its weight and bias."""
-        return is_plain(self.base_layer, nn.Linear)
+        return is_plain(self.base_layer, self.stock)
 
-    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What the base layer computes, with another weight."""
-        return F.linear(x, weight, bias)
+    def operation(self) -> Multiply:
+        """What the base layer computes, of an input, any weight and a bias."""
+        return F.linear
 
     def multiply_trained(
         self,
@@ -188,6 +198,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             ValueError: The name cannot be used.
         """
         self._check_name(adapter_name)
+        self.clear_cache()
         self.r[adapter_name] = config.r
         self.configs[adapter_name] = config
         self.weights[adapter_name] = 1.0
@@ -210,6 +221,12 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before deleting it")
         super().delete_adapter(adapter_name)
         self.clear_cache()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        before = self.active_adapters[:]
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        if self.active_adapters != before:
+            self.clear_cache()
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -292,8 +309,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return fn, tuple(tensor for name in adapters for tensor in self.delta_params(name))
 
     def clear_cache(self) -> None:
-        """Forget the cached update; needed after writing through a frozen parameter's data."""
-        self._cached = None
+        """Release the kept weight; needed after writing through the data of a frozen tensor."""
+        self._kept = None
 
     def reread(self, adapter: str) -> None:
         """Bring what is remembered of an adapter's tensors up to date after they were written to.
@@ -312,40 +329,55 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
-
-    def _cached_delta(self, adapters: tuple[str, ...]) -> Tensor:
-        sources = [t for a in adapters for t in (*self.delta_params(a), *self.delta_state(a))]
-        scales = tuple((name, self.scaling[name]) for name in adapters)
-        # Tensors made in inference mode count no versions, so a change could not be seen. And what
-        # is offloaded between calls must not leave its update behind on the device.
-        keep = self.cache_in_eval and not any(tensor.is_inference() for tensor in sources)
-        parts = (self.get_base_layer(), *(child for _, child in self.containers()))
-        keep = keep and not any(map(offloaded, parts))
-        if keep and self._cached is not None and self._cached.fits(sources, scales):
-            return self._cached.delta
-        fn, params = self._combined(adapters)
-        delta = fn(*params).contiguous()
-        if keep:
-            self._cached = CachedDelta.of(delta, sources, scales)
-        return delta
+        return {**self.__dict__, "_kept": None}
 
     # Forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., I] -> [..., O]."""
+        # Compiled code looks at nothing that other calls leave behind.
+        if torch.compiler.is_compiling() or args or kwargs or self._disable_adapters:
+            return self._forward(x, *args, **kwargs)
+        kept = self._kept
+        if kept is not None and not self.training:
+            if kept.holds(self, x):
+                return kept(x)
+            self.clear_cache()
+        if self.merged_adapters:
+            base: Any = self._modules["base_layer"]
+            if type(base).forward is self.stock.forward and untouched(base):
+                return self.operation()(x, base.weight, base.bias)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters = tuple(name for name in self._applicable() if self.scaling[name] != 0)
         if self.disable_adapters or self.merged or not adapters:
             return self.base_layer(x, *args, **kwargs)
         with self._onloaded():
+            if self._in_inference(adapters):
+                made = effective_weight(self, x, adapters, fold=not (args or kwargs))
+                if made.kept and not (args or kwargs):
+                    self._kept = made
+                return made(x, *args, **kwargs)
             if self.training and any(self.configs[name].dropout > 0 for name in adapters):
                 return self._forward_dropout(x, adapters, *args, **kwargs)
             if args or kwargs or not self._folds(x):
                 return self.base_layer(x, *args, **kwargs) + self._product(x, adapters)
             linear = self.get_base_layer()
             return self._product(x, adapters, linear.weight, linear.bias)
+
+    def _in_inference(self, adapters: tuple[str, ...]) -> bool:
+        """Whether nothing but the input can be differentiated."""
+        if self.training or torch.compiler.is_compiling():
+            return False
+        if not torch.is_grad_enabled():
+            return True
+        frozen = not any(t.requires_grad for a in adapters for t in self.delta_params(a))
+        frozen = frozen and not any(t.requires_grad for t in self.get_base_layer().parameters())
+        # Not kept, each layer's weight would stay in memory until the backward pass.
+        return frozen and may_keep(self, adapters, self.is_plain())
 
     def _forward_dropout(
         self, x: Tensor, adapters: tuple[str, ...], *args: Any, **kwargs: Any
@@ -371,21 +403,14 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 self.on_training_forward(name)
             fn, params = self._combined(adapters)
             return self.multiply_trained(x, weight, bias, fn, params)
-        if self.training or torch.compiler.is_compiling():
-            fn, params = self._combined(adapters)
-            delta = fn(*params)
-        else:
-            delta = self._cached_delta(adapters)
-        return self.multiply(x, self.folded(weight, delta), bias)
+        fn, params = self._combined(adapters)
+        return self.operation()(x, self.folded(weight, fn(*params)), bias)
 
     def _folds(self, x: Tensor) -> bool:
         if not self.is_plain():
             return False
-        halves = self.base_layer.weight.dtype in HALVES or (
-            torch.is_autocast_enabled(x.device.type)
-            and torch.get_autocast_dtype(x.device.type) in HALVES
-        )
-        return self.fold_16bit or not halves
+        halves = self.base_layer.weight.dtype in HALVES or lowered_to(x.device.type) is not None
+        return self.fold_16bit is True or not halves
 
     def _onloaded(self) -> AbstractContextManager[None]:
         return onloaded(child for _, child in self.containers())
@@ -402,6 +427,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: The result is not finite (`safe_merge`), or the base weight is quantized.
         """
+        self.clear_cache()  # also where nothing is merged: another tuner's merge may come first
         asked = check_adapters_to_merge(self, adapter_names)
         adapters = [name for name in asked if name in self.configs]
         if not adapters:
@@ -438,6 +464,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         Only if someone else has changed the weight since `merge` (another tuner merged into it too)
         is the update subtracted instead, which is exact to rounding.
         """
+        self.clear_cache()
         if self._merged is None:
             warnings.warn("nothing is merged into this layer, nothing to unmerge", stacklevel=2)
             return

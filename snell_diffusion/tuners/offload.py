@@ -18,7 +18,7 @@ from torch import nn
 
 from snell_diffusion.tuners.weights import device_of
 
-__all__ = ["compute_device", "group_hook", "offloaded", "onloaded"]
+__all__ = ["compute_device", "group_hook", "hooks_of", "offloaded", "onloaded"]
 
 GROUP_OFFLOADING = "group_offloading"  # diffusers' name of the hook
 
@@ -39,6 +39,12 @@ def onloaded(modules: Iterable[nn.Module]) -> Iterator[None]:
 def offloaded(module: nn.Module) -> bool:
     """Whether a hook of this very module keeps its tensors elsewhere between calls."""
     return bool(_hooks(module))
+
+
+def hooks_of(module: nn.Module) -> tuple[Any, Any]:
+    """What accelerate and diffusers have put on this very module, None for nothing."""
+    own = module.__dict__
+    return own.get("_hf_hook"), own.get("_diffusers_hook")
 
 
 def compute_device(layer: nn.Module) -> torch.device:

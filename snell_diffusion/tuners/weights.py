@@ -3,7 +3,6 @@
 Weights and updates are (O, I) = (out features, in features).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,18 +11,23 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = [
     "HALVES",
-    "CachedDelta",
+    "TOLERATED_LOSS",
     "Merged",
     "device_of",
     "fingerprint",
     "has_plain_weight",
     "is_linear_like",
     "is_plain",
+    "lowered_to",
     "realised_error",
+    "untouched",
 ]
 
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float64, torch.float32, *HALVES)
+TOLERATED_LOSS = 0.05
+"""Share of an update (Frobenius norms) that rounding W0 + ΔW may lose: above it fusing warns, and
+an update is not folded into a 16-bit base unless that is asked for."""
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
@@ -43,39 +47,6 @@ class Merged:
     original: Tensor
     written: Tensor
     scales: dict[str, float]
-
-
-@dataclass(frozen=True)
-class CachedDelta:
-    """The summed update of the active adapters, valid while nothing it came from has changed."""
-
-    delta: Tensor
-    sources: tuple[Tensor, ...]
-    scales: tuple[tuple[str, float], ...]
-    versions: tuple[int, ...]
-    contents: tuple[Tensor, ...]
-
-    @classmethod
-    def of(
-        cls, delta: Tensor, sources: Sequence[Tensor], scales: tuple[tuple[str, float], ...]
-    ) -> "CachedDelta":
-        return cls(delta, tuple(sources), scales, *cls._state(sources))
-
-    @staticmethod
-    def _state(sources: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
-        # Fused optimizers change parameters without counting versions.
-        contents = tuple(fingerprint(tensor) for tensor in sources if tensor.requires_grad)
-        return tuple(tensor._version for tensor in sources), contents
-
-    def fits(self, sources: Sequence[Tensor], scales: tuple[tuple[str, float], ...]) -> bool:
-        if self.scales != scales or len(self.sources) != len(sources):
-            return False
-        if any(old is not new for old, new in zip(self.sources, sources, strict=True)):
-            return False
-        versions, contents = self._state(sources)
-        if self.versions != versions or len(self.contents) != len(contents):
-            return False
-        return not contents or torch.equal(torch.stack(self.contents), torch.stack(contents))
 
 
 def realised_error(weight: Tensor, merged: Tensor, delta: Tensor) -> float:
@@ -118,13 +89,32 @@ def has_plain_weight(layer: nn.Module) -> bool:
 
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the layer is exactly `kind` on its weight: no wrapper, hook or patch."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    # Hooks that are taken off again leave the class's own method behind on the instance.
-    forward = vars(layer).get("forward", kind.forward)
-    return bool(
+    return (
         isinstance(layer, kind)
         and type(layer).forward is kind.forward
-        and getattr(forward, "__func__", forward) is kind.forward
-        and not any(getattr(layer, name) for name in hooks)
+        and untouched(layer)
         and has_plain_weight(layer)
     )
+
+
+def untouched(layer: nn.Module) -> bool:
+    """Whether a module has no hooks and runs its class's own forward."""
+    own = layer.__dict__
+    if (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    ):
+        return False
+    # Hooks that are taken off again leave the class's own method behind on the instance.
+    forward = own.get("forward")
+    return forward is None or getattr(forward, "__func__", forward) is type(layer).forward
+
+
+def lowered_to(device: str) -> torch.dtype | None:
+    """The 16-bit dtype that autocast lowers products to on a kind of device; None without it."""
+    if not torch.is_autocast_enabled(device):
+        return None
+    dtype = torch.get_autocast_dtype(device)
+    return dtype if dtype in HALVES else None

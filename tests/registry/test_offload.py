@@ -139,12 +139,10 @@ def test_no_update_stays_behind_on_the_device(made_for: Callable[[str], Made]) -
     pipe = made.family.pipe()
     pipe.load_snella_weights(made.files["a"])
     predict(made.family, pipe.transformer)
-    assert all(layer._cached is not None for _, layer in delta_layers(pipe.transformer))
+    assert all(layer._kept is not None for _, layer in delta_layers(pipe.transformer))
     WAYS["sequential"](pipe.transformer)
-    for _, layer in delta_layers(pipe.transformer):
-        layer.clear_cache()
     predict(made.family, pipe.transformer)
-    assert all(layer._cached is None for _, layer in delta_layers(pipe.transformer))
+    assert all(layer._kept is None for _, layer in delta_layers(pipe.transformer))
 
 
 def test_weights_on_the_disk_are_left_there(

@@ -115,6 +115,7 @@ def test_scale_threshold_and_two_adapters_add_up() -> None:
 def test_a_16_bit_base_is_called_as_it_is(dtype: torch.dtype) -> None:
     """The update is a second convolution, so that rounding the sum loses none of it."""
     layer, x = conv_layer().to(dtype), pictures().to(dtype)
+    layer.fold_16bit = False
     base, delta = layer.get_base_layer(), layer.get_delta_weight("default")
     kernels = delta.view(base.weight.shape).to(dtype)
     with torch.no_grad():
