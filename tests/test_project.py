@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "snell_diffusion"
 
 # part -> (parts of ours it may import, distributions it may import beside the standard library)
-CORE = ({"core"}, {"torch"})
+CORE = ({"core"}, {"torch", "triton"})
 TUNERS = ({"core", "tuners", "errors", "versions"}, {"torch", "peft", "accelerate", "packaging"})
 ADAPTERS = (
     TUNERS[0] | {"adapters"},
@@ -110,7 +110,10 @@ def test_the_import_scan_sees_what_it_should(tmp_path, monkeypatch):
     "module, kept_out",
     [
         ("snell_diffusion", ["torch", "peft", "diffusers", "transformers", "gradio"]),
-        ("snell_diffusion.core", ["peft", "diffusers", "transformers", "gradio", "accelerate"]),
+        (
+            "snell_diffusion.core",
+            ["peft", "diffusers", "transformers", "gradio", "accelerate", "triton"],
+        ),
         ("snell_diffusion.tuners", ["diffusers", "gradio"]),
     ],
 )
