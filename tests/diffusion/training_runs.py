@@ -10,6 +10,27 @@ from snell_diffusion.diffusion.config import TrainConfig
 
 SIDE = 16  # pixels: latents of 8 x 8 in the tiny base
 PROMPT, CLASS_PROMPT = "a sks cat", "a cat"
+# What `config` takes for a run with everything on.
+FULL: dict[str, Any] = {
+    "class_prompt": CLASS_PROMPT,
+    "with_prior_preservation": True,
+    "num_class_images": 3,
+    "class_batch_size": 1,
+    "train_text_encoder": True,
+    "ema_decay": 0.9,
+    "snr_gamma": 5.0,
+    "gradient_accumulation_steps": 2,
+    "random_flip": True,
+    "validation_steps": 2,
+    "sample_steps": 2,
+    "validation_prompt": PROMPT,
+    "sample_prompts": ["a cat on grass"],
+    "checkpointing_steps": 2,
+    "checkpoints_total_limit": 3,
+    "dropout": 0.1,
+    "init": "identity",  # so that the run starts at the base's own loss
+    "sparsify": "mask",
+}
 
 
 def write_photos(folder: Path, count: int = 4) -> Path:
@@ -39,3 +60,15 @@ def config(base: Path, folder: Path, **changes: Any) -> TrainConfig:
         "num_inference_steps": 2,
     }
     return TrainConfig(**{**values, **changes})
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file below a folder, by its path there."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+def adapter(folder: Path) -> bytes:
+    """The adapter file of a run folder."""
+    return (folder / "pytorch_snella_weights.safetensors").read_bytes()
