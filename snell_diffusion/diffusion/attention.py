@@ -84,17 +84,33 @@ class _Keeper:
         """Wrap what is on the block now: another adapter may have been put there or taken off."""
         current = self.attn.get_submodule(place)
         if delta.base_layer is not current:
+            vars(delta.base_layer).pop("_apply", None)
             delta.base_layer = current
+            vars(current)["_apply"] = functools.partial(_moved, current, delta)
         device = compute_device(delta.get_base_layer())
         # Outside the module tree, neither pipe.to(device) nor offloading reaches the factors.
         for _, container in delta.containers():
             if any(tensor.device != device for tensor in container.values()):
                 container.to(device)
+                delta.clear_cache()
+
+    def watch(self) -> None:
+        """Let what a layer keeps go where its base moves: it is not in the tree to be told."""
+        for delta in self.deltas.values():
+            base = delta.base_layer
+            vars(base)["_apply"] = functools.partial(_moved, base, delta)
 
     def give_back(self) -> None:
         for place, delta in self.deltas.items():
+            vars(delta.base_layer).pop("_apply", None)
             delta.base_layer = self.attn.get_submodule(place)
             _put(self.attn, place, delta)
+
+
+def _moved(base: nn.Module, delta: DeltaLayer, *args: Any, **kwargs: Any) -> nn.Module:
+    """`base._apply`, which moves and casts, for a base whose layer keeps a weight of its own."""
+    delta.clear_cache()
+    return type(base)._apply(base, *args, **kwargs)
 
 
 class _View:
@@ -156,6 +172,7 @@ class SnellaAttnProcessor:
                 for place, delta in deltas.items():
                     _put(attn, place, delta.base_layer)
                 keeper = _Keeper(attn, deltas)
+                keeper.watch()
                 keeper.handle = attn.register_forward_pre_hook(keeper)
                 keeper(attn, ())
         return len(found)

@@ -30,6 +30,7 @@ VERBS = {
     "delete_snella_adapters": "Remove SNELLA adapters by name.",
     "enable_snella": "Switch the active SNELLA adapters on.",
     "disable_snella": "Switch all SNELLA adapters off without unloading them.",
+    "release_snella_cache": "Release the weights that adapted layers keep between calls.",
     "set_snella_sparsity": "Re-threshold loaded SNELLA adapters; None restores trained levels.",
 }
 

@@ -60,6 +60,7 @@ __all__ = [
     "get_active_snella_adapters",
     "get_list_snella_adapters",
     "load_snella_weights",
+    "release_snella_cache",
     "save_snella_weights",
     "set_snella_adapters",
     "set_snella_sparsity",
@@ -340,6 +341,20 @@ def unfuse_snella(pipe: Any, components: Sequence[str] | None = None) -> None:
                 f"nothing is fused in {shown(chosen) or 'this pipeline'}; call fuse_snella() first"
             )
         _unfuse(chosen)
+
+
+def release_snella_cache(pipe: Any) -> None:
+    """Release the weights that adapted layers keep to be as fast as the base's.
+
+    They are one copy of each adapted weight on its device, computed at the first call and again at
+    the next one. `snell_diffusion.tuners.DeltaLayer.cache_in_eval = False` keeps none from the
+    start; `fuse_snella` is as fast without them.
+    """
+    models = models_of(pipe)
+    with processors_off(*models.values()):
+        for model in models.values():
+            for _, layer in delta_layers(model):
+                layer.clear_cache()
 
 
 def set_snella_sparsity(

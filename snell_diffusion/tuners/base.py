@@ -17,7 +17,7 @@ from snell_diffusion.tuners.layer import DeltaLayer
 from snell_diffusion.tuners.qkv_guard import protect
 from snell_diffusion.tuners.registry import MethodName
 from snell_diffusion.tuners.traverse import delta_layers
-from snell_diffusion.tuners.weights import is_linear_like
+from snell_diffusion.tuners.weights import TOLERATED_LOSS, is_linear_like
 
 __all__ = ["DEFAULT_TARGETS", "DeltaConfig", "DeltaLayer", "DeltaModel"]
 
@@ -31,8 +31,6 @@ DEFAULT_TARGETS = (
     *("attention.output.dense", "intermediate.dense", "output.dense"),
 )
 """Name endings adapted when `target_modules` is not set: those of them that the model has."""
-
-MERGE_ERROR_WARNED = 0.05
 
 
 @dataclass
@@ -178,6 +176,11 @@ class DeltaModel(BaseTuner):
             raise
         warn_about_merge_error(self.model)
 
+    def clear_cache(self) -> None:
+        """Release the weights that layers keep for inference; the next call computes them again."""
+        for _, layer in delta_layers(self.model):
+            layer.clear_cache()
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -233,7 +236,7 @@ def warn_about_merge_error(model: nn.Module) -> None:
         for path, layer in delta_layers(model)
         if layer.merge_error
     }
-    lossy = {path: error for path, error in errors.items() if error > MERGE_ERROR_WARNED}
+    lossy = {path: error for path, error in errors.items() if error > TOLERATED_LOSS}
     if lossy:
         worst = max(lossy, key=lambda path: lossy[path])
         warnings.warn(
