@@ -2,8 +2,10 @@
 
 from .allocator import METRICS, Allocator
 from .apportion import apportion
+from .blocks import BlockUpdate, ScaledSum, WholeUpdate, fold
+from .kernel_update import KernelUpdate
 from .kernels import GAMMA_MIN, distance_kernel, linear_kernel, mix, positive_gamma
-from .merge import fold, merged_linear
+from .merge import merged_linear
 from .merge_conv import Geometry, merged_conv2d
 from .sparsify import (
     LIVE_AT_ZERO,
@@ -23,8 +25,12 @@ __all__ = [
     "METRICS",
     "RULES",
     "Allocator",
+    "BlockUpdate",
     "FirstThreshold",
     "Geometry",
+    "KernelUpdate",
+    "ScaledSum",
+    "WholeUpdate",
     "apportion",
     "dense",
     "distance_kernel",

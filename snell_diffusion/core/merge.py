@@ -3,10 +3,14 @@
     y = x (W0 + Delta)^T + b,   Delta = delta_fn(*params)
 
 The plain formulation keeps every [O,I] intermediate of Delta for the backward pass; here Delta is
-built again there. Shapes: x [..., I], W0 and Delta [O,I], y [..., O].
+built again there, and one that comes in blocks (`blocks.BlockUpdate`) is never held as a whole:
+
+    for columns c:  gx[:, c] = gy (W0 + Delta)[:, c],   dL/dDelta[:, c] = gy^T x[:, c]
+
+Shapes: x [..., I], W0 and Delta [O,I], y [..., O].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,36 +18,51 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .precision import no_autocast
-
-DeltaFn = Callable[..., Tensor]
+from .blocks import BlockUpdate, DeltaFn, WholeUpdate, assemble, check_shape, fold
+from .precision import HALVES, no_autocast
+from .scratch import Scratch
 
 
 def merged_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, delta_fn: DeltaFn, params: Sequence[Tensor]
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    delta_fn: DeltaFn,
+    params: Sequence[Tensor],
+    *,
+    folds: bool = True,
 ) -> Tensor:
     """y = x (W0 + Delta)^T + b in one product, with Delta recomputed in the backward pass.
 
     W0 + Delta is summed in the wider of both dtypes and rounded once to that of W0. Saved for the
-    backward pass: x, and by reference W0 and the params. Gradients reach x and the params, and
-    weight and bias where they require them; the gradient of Delta is summed over the tokens in at
-    least float32. Autocast lowers the product, never Delta. Under torch.compile the same formula
-    runs without the recompute: the compiler decides itself what to keep.
+    backward pass: x, a threshold, and by reference W0 and the params. Gradients reach x and the
+    params, and weight and bias where they require them; the gradient of Delta is summed over the
+    tokens in at least float32. Autocast lowers the product, never Delta. Under torch.compile the
+    same formula runs without the recompute: the compiler decides itself what to keep.
+
+    Beyond x, y and their gradients a pass holds one matrix [O, I] in the dtype of W0 (forward) or
+    [T, W] and [O, W] for a block of W columns (backward), what `delta_fn` holds for a block (see
+    `blocks.BLOCK_ENTRIES`) and, forward, up to two float32 matrices of at most
+    `select.WHOLE_ENTRIES` entries while the threshold is found.
 
     Args:
         x: Input, [..., I], any strides.
-        weight: W0, [O, I], float32, float64, bfloat16 or float16.
+        weight: W0, [O, I], float32, float64, bfloat16 or float16; None for x Delta^T alone.
         bias: [O] or None.
         delta_fn: params -> Delta [O, I]. Pure and deterministic: it runs in the forward pass and,
-            when a gradient is wanted, once more in the backward pass.
+            when a gradient is wanted, once more in the backward pass. A `BlockUpdate` is built
+            block by block.
         params: Every tensor Delta depends on and gradients shall reach.
+        folds: Whether forward is one product. Else it is x W0^T + b + x Delta^T, for a 16-bit W0
+            whose rounding would lose a small Delta. Gradients take one product either way.
 
     Returns:
         y, [..., O], in the dtype `F.linear(x, weight, bias)` has.
     """
     if torch.compiler.is_compiling():
-        return F.linear(x, fold(weight, delta_of(delta_fn, params, weight)), bias)
-    y: Tensor = _MergedLinear.apply(delta_fn, x, weight, bias, *params)
+        return _traced(x, weight, bias, delta_fn, params, folds)
+    update = delta_fn if isinstance(delta_fn, BlockUpdate) else WholeUpdate(delta_fn, weight)
+    y: Tensor = _MergedLinear.apply(update, folds, x, weight, bias, *params)
     return y
 
 
@@ -54,76 +73,105 @@ def delta_of(delta_fn: DeltaFn, params: Sequence[Tensor], weight: Tensor) -> Ten
         ValueError: It is not shaped as the weight matrix [O, I].
     """
     with no_autocast(weight.device):
+        return check_shape(delta_fn(*params), weight)
+
+
+def _traced(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    delta_fn: DeltaFn,
+    params: Sequence[Tensor],
+    folds: bool,
+) -> Tensor:
+    with no_autocast(x.device):
         delta = delta_fn(*params)
-    if delta.shape != weight.shape:
-        raise ValueError(
-            f"delta_fn must return [O, I] = {list(weight.shape)}, got {list(delta.shape)}"
-        )
-    return delta
-
-
-def fold(weight: Tensor, delta: Tensor) -> Tensor:
-    """W0 + Delta [O, I], summed in the wider of both dtypes and rounded once to that of W0."""
-    return (delta.contiguous() + weight).to(weight.dtype)
+    if weight is None:
+        return F.linear(x, delta.to(x.dtype), bias)
+    if folds:
+        return F.linear(x, fold(weight, check_shape(delta, weight)), bias)
+    return F.linear(x, weight, bias) + F.linear(x, delta.to(x.dtype))
 
 
 class _MergedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        delta_fn: DeltaFn,
+        update: BlockUpdate,
+        folds: bool,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         *params: Tensor,
     ) -> Tensor:
-        ctx.delta_fn = delta_fn
-        ctx.save_for_backward(x, weight, *params)
-        return F.linear(x, fold(weight, delta_of(delta_fn, params, weight)), bias)
+        added_to = weight if folds else None
+        dtype = None if added_to is not None else _product_dtype(x)
+        with no_autocast(x.device):
+            scratch = Scratch()
+            statistics, kept = update.measure(params, scratch)
+            walk = update.walk(params, statistics, [False] * len(params), scratch, kept)
+            matrix = assemble(update, params, walk, scratch, added_to, dtype)
+        ctx.update, ctx.count = update, len(params)
+        ctx.save_for_backward(x, weight, *params, *statistics)
+        if weight is None or folds:
+            return F.linear(x, matrix, bias)
+        return F.linear(x, weight, bias).add_(F.linear(x, matrix))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *params = ctx.saved_tensors
-        _, need_x, need_weight, need_bias, *need_params = ctx.needs_input_grad
+        x, weight, *rest = ctx.saved_tensors
+        params, statistics = rest[: ctx.count], rest[ctx.count :]
+        _, _, need_x, need_weight, need_bias, *need_params = ctx.needs_input_grad
         with no_autocast(x.device):
-            leaves = [
-                p.detach().requires_grad_(n) for p, n in zip(params, need_params, strict=True)
-            ]
-            with torch.set_grad_enabled(any(need_params)):
-                delta = delta_of(ctx.delta_fn, leaves, weight)
-            gx = gweight = None
-            if need_x:
-                gx = (gy @ fold(weight, delta.detach()).to(gy.dtype)).to(x.dtype)
-            if need_weight or any(need_params):
-                gweight = _weight_gradient(gy, x, transposed=delta.mT.is_contiguous())
-            gbias = gy.reshape(-1, gy.shape[-1]).sum(0) if need_bias else None
-            gparams = param_gradients(delta, leaves, gweight)
-        gweight = gweight.to(weight.dtype) if need_weight and gweight is not None else None
-        return None, gx, gweight, gbias, *gparams
+            walk = ctx.update.walk(params, statistics, need_params, Scratch())
+            gx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
+            gweight = torch.empty_like(weight) if need_weight else None
+            products = _Products(gy, x)
+            for columns in ctx.update.columns(params):
+                delta = walk.delta(columns)
+                if gx is not None:
+                    matrix = delta if weight is None else fold(weight[:, columns], delta)
+                    products.for_input(matrix, gx.view(-1, x.shape[-1])[:, columns])
+                if need_weight or any(need_params):
+                    gdelta = products.for_weight(columns)
+                    walk.pull(gdelta)
+                    if gweight is not None:
+                        gweight[:, columns] = gdelta
+            gbias = products.gy.sum(0) if need_bias else None
+        return None, None, gx, gweight, gbias, *walk.gradients()
 
 
-def _weight_gradient(gy: Tensor, x: Tensor, transposed: bool) -> Tensor:
-    """gy^T x over all tokens, [O, I], in at least float32: sums of float16 products overflow.
+class _Products:
+    """The two products of a backward pass, a block of columns at a time."""
 
-    `transposed` lays it out like a Delta built as [I, O], which its backward pass reads faster.
-    """
-    gy, x = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1])
-    if transposed:
-        return _weight_gradient(x, gy, transposed=False).T
-    low = next((t.dtype for t in (gy, x) if t.dtype in (torch.float16, torch.bfloat16)), None)
-    if gy.is_cuda and low is not None:
-        return torch.mm(gy.to(low).T, x.to(low), out_dtype=torch.float32)
-    wide = torch.promote_types(torch.promote_types(gy.dtype, x.dtype), torch.float32)
-    return gy.to(wide).T @ x.to(wide)
+    def __init__(self, gy: Tensor, x: Tensor) -> None:
+        self.gy, self._x = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1])
+        low = [t.dtype for t in (gy, x) if t.dtype in HALVES]
+        # Sums of 16-bit products overflow, or lose digits, in 16 bits.
+        self._accumulates = gy.is_cuda and bool(low)
+        wide = torch.promote_types(torch.promote_types(gy.dtype, x.dtype), torch.float32)
+        self._dtype = low[0] if self._accumulates else wide
+        self._gy_transposed = self.gy.to(self._dtype).T
+
+    def for_input(self, matrix: Tensor, out: Tensor) -> None:
+        """out [T, W] = gy (W0 + Delta)[:, columns]."""
+        matrix = matrix.to(self.gy.dtype)
+        if out.dtype == matrix.dtype:
+            torch.mm(self.gy, matrix, out=out)
+        else:
+            out.copy_(self.gy @ matrix)
+
+    def for_weight(self, columns: slice) -> Tensor:
+        """gy^T x over all tokens, [O, W], in at least float32."""
+        x = self._x[:, columns].to(self._dtype)
+        if self._accumulates:
+            return torch.mm(self._gy_transposed, x, out_dtype=torch.float32)
+        return self._gy_transposed @ x
 
 
-def param_gradients(
-    delta: Tensor, leaves: Sequence[Tensor], gweight: Tensor | None
-) -> list[Tensor | None]:
-    """The gradients of the params from that of Delta [O, I]; None where none is wanted."""
-    wanted = [p for p in leaves if p.requires_grad]
-    if not wanted or gweight is None:
-        return [None] * len(leaves)
-    found = iter(torch.autograd.grad(delta, wanted, gweight.to(delta.dtype), allow_unused=True))
-    return [next(found) if p.requires_grad else None for p in leaves]
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """What a product with x runs in: the dtype of autocast, if that is on."""
+    device = x.device.type
+    lowered = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if lowered else x.dtype

@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from .merge import DeltaFn, delta_of, fold, param_gradients
-from .precision import no_autocast
-
-_HALVES = (torch.float16, torch.bfloat16)
+from .blocks import DeltaFn, fold, param_gradients
+from .merge import delta_of
+from .precision import HALVES, no_autocast
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class _MergedConv2d(torch.autograd.Function):
             if need_weight or any(need_params):
                 wide = torch.promote_types(torch.promote_types(gy.dtype, x.dtype), torch.float32)
                 # Rounded to what autocast multiplied; summed wide, since sums in 16 bits overflow.
-                seen = x.to(gy.dtype) if gy.dtype in _HALVES else x
+                seen = x.to(gy.dtype) if gy.dtype in HALVES else x
                 gweight = conv2d_weight(seen.to(wide), weight.shape, gy.to(wide), *arguments)
             gbias = gy.sum((0, 2, 3)) if need_bias else None
             gparams = param_gradients(

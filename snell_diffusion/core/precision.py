@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+HALVES = (torch.float16, torch.bfloat16)
+
 N = TypeVar("N", bound=Tensor | float)
 
 
@@ -17,6 +19,12 @@ def full(value: N) -> N:
     if isinstance(value, Tensor) and value.dtype not in (torch.float32, torch.float64):
         return value.float()  # type: ignore[return-value]
     return value
+
+
+def at_hand(t: Tensor) -> bool:
+    """Whether a number can be read without waiting: on the CPU, neither fake nor being traced."""
+    real = type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu"
+    return real and not torch.compiler.is_compiling()
 
 
 def no_autocast(device: torch.device) -> torch.autocast:

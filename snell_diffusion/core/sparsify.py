@@ -10,11 +10,15 @@ public code of SNELL and SNELLA, which differ; RULES names the readings.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .precision import full
+from .precision import at_hand, full
+from .select import neighbours
 
 Threshold = Tensor | Callable[[Tensor], Tensor]
 
@@ -60,7 +64,7 @@ def threshold(w: Tensor, sparsity: float | Tensor) -> Tensor:
         return _threshold_at(full(w.detach()).abs().flatten(), sparsity)
     position = _position(w.numel(), sparsity)
     rank = math.floor(position)
-    low, high = _order_statistics(full(w.detach()).abs().flatten(), rank)
+    low, high = _order_statistics(full(w.detach()).flatten(), rank)
     return torch.lerp(low, high, position - rank)
 
 
@@ -122,14 +126,21 @@ def sparsify(
     Raises:
         ValueError: unknown rule, a level outside 0 to 1, or rule `none` with a level above 0.
     """
-    if rule not in _RULES:
-        raise ValueError(f"sparsify rule {rule!r} is unknown; known: {', '.join(RULES)}")
+    check_rule(rule, sparsity)
     w = full(w)
     if rule == "none":
-        if sparsity:
-            raise ValueError(f"rule 'none' drops nothing, so sparsity must be 0, got {sparsity}")
         return w
-    return _RULES[rule](w, _resolve(w, sparsity, threshold))
+    t = _resolve(w, sparsity, threshold)
+    sparse: Tensor = _Sparsify.apply(w, t, rule)
+    return sparse
+
+
+def check_rule(rule: str, sparsity: float) -> None:
+    """Raises ValueError: an unknown rule, or rule `none` with a level above 0."""
+    if rule not in RULES:
+        raise ValueError(f"sparsify rule {rule!r} is unknown; known: {', '.join(RULES)}")
+    if rule == "none" and sparsity:
+        raise ValueError(f"rule 'none' drops nothing, so sparsity must be 0, got {sparsity}")
 
 
 def _resolve(w: Tensor, sparsity: float, given: Threshold | None) -> Tensor:
@@ -138,51 +149,97 @@ def _resolve(w: Tensor, sparsity: float, given: Threshold | None) -> Tensor:
     return given(w.detach()) if callable(given) else given
 
 
-def _squared(w: Tensor, t: Tensor) -> Tensor:
-    a = w.detach().abs()
-    return w * _above(a, t).mul_(a)
+class _Sparsify(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, t: Tensor, rule: str) -> Tensor:
+        live = all_zero(w) if rule in LIVE_AT_ZERO else None
+        delta, factor = weigh(w, t, rule, live)
+        ctx.save_for_backward(factor)
+        return delta.clone() if delta is w else delta
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (factor,) = ctx.saved_tensors
+        return g * factor, None, None
 
 
-def _squared_true(w: Tensor, t: Tensor) -> Tensor:
-    a = w.abs()
-    return w * a * _above(a.detach(), t)
+def all_zero(w: Tensor) -> Tensor:
+    """0-d tensor: 1 where a whole matrix is zero, else 0, in the dtype of w."""
+    return (w.abs().amax() == 0).to(w.dtype)
 
 
-def _printed(w: Tensor, t: Tensor) -> Tensor:
-    return w * (w.detach().abs() - t).relu()
+def weigh(w: Tensor, t: Tensor, rule: str, live: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A rule of `sparsify` on any part of a matrix: the result and its derivative by w.
+
+    Args:
+        w: Entries, float32 or float64, without gradients.
+        t: Threshold of the whole matrix, 0-d.
+        rule: One of RULES.
+        live: For rules in LIVE_AT_ZERO but `none`, `all_zero` of the whole matrix.
+    """
+    return _RULES[rule](w, t, live)
 
 
-def _printed_true(w: Tensor, t: Tensor) -> Tensor:
-    return w * (w.abs() - t).relu()
+def _squared(w: Tensor, t: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+    kept = _kept(w, t)
+    size = kept.abs()
+    return kept.mul_(size), size
 
 
-def _mask(w: Tensor, t: Tensor) -> Tensor:
-    return w * _kept(w.detach(), t)
+def _squared_true(w: Tensor, t: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+    delta, size = _squared(w, t, None)
+    return delta, size.mul_(2)
 
 
-def _soft(w: Tensor, t: Tensor) -> Tensor:
-    w_ = w.detach()
-    return (w - w_.sign() * t) * _kept(w_, t)
+def _printed(w: Tensor, t: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+    over = (w.abs() - t).relu_()
+    return w * over, over
+
+
+def _printed_true(w: Tensor, t: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+    delta, over = _printed(w, t, None)
+    return delta, over + _above(w, t) * w.abs()
+
+
+def _mask(w: Tensor, t: Tensor, live: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _kept(w, t), _alive(w, t, live)
+
+
+def _soft(w: Tensor, t: Tensor, live: Tensor | None) -> tuple[Tensor, Tensor]:
+    kept = _above(w, t)
+    return (w - w.sign().mul_(t)).mul_(kept), _alive(w, t, live)
+
+
+def _none(w: Tensor, t: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+    return w, torch.ones((), dtype=w.dtype, device=w.device)
+
+
+def _alive(w: Tensor, t: Tensor, live: Tensor | None) -> Tensor:
+    kept = _above(w, t)
+    return kept if live is None else kept.add_(live)
 
 
 def _kept(w: Tensor, t: Tensor) -> Tensor:
-    a = w.abs()
-    return _above(a, t).add_(a.amax() == 0)
+    """w where |w| > t, else 0; NaN stays."""
+    if at_hand(w) and at_hand(t):
+        return F.hardshrink(w, float(t))  # one pass
+    return w * _above(w, t)
 
 
-def _above(a: Tensor, t: Tensor) -> Tensor:
-    """1 where a > t, else 0, in the dtype of a: on CPU several times faster than a bool mask."""
-    return a.clone().gt_(t)
+def _above(w: Tensor, t: Tensor) -> Tensor:
+    """1 where |w| > t, else 0, in the dtype of w: on CPU several times faster than a bool mask."""
+    return w.abs().gt_(t)
 
 
-_RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+_RULES: dict[str, Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]] = {
     "squared": _squared,
     "squared_true": _squared_true,
     "printed": _printed,
     "printed_true": _printed_true,
     "mask": _mask,
     "soft": _soft,
-    "none": lambda w, t: w,
+    "none": _none,
 }
 RULES = tuple(_RULES)
 LIVE_AT_ZERO = ("mask", "soft", "none")  # rules whose gradient does not vanish at w = 0
@@ -196,14 +253,15 @@ def _position(size: int, sparsity: float) -> float:
     return float(sparsity) * (size - 1)
 
 
-def _order_statistics(a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The values of rank `rank` and `rank + 1` (from 0, ascending) of a 1-D tensor, which it may
-    reorder. At the last rank both are the largest."""
-    following = min(rank + 1, a.numel() - 1)
-    if a.device.type != "cpu":  # torch counts kthvalue among the non-deterministic on CUDA
+def _order_statistics(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The magnitudes of rank `rank` and `rank + 1` (from 0, ascending) of a 1-D tensor. At the last
+    rank both are the largest."""
+    if at_hand(w):
+        low, high = torch.tensor(neighbours(w.numpy(), rank), dtype=w.dtype)
+        return low, high
+    following = min(rank + 1, w.numel() - 1)
+    a = w.abs()
+    if w.device.type != "cpu":  # torch counts kthvalue among the non-deterministic on CUDA
         ordered = a.sort().values
         return ordered[rank], ordered[following]
-    if type(a) is not Tensor or torch.compiler.is_compiling():  # no memory to hand to numpy
-        return a.kthvalue(rank + 1).values, a.kthvalue(following + 1).values
-    a.numpy().partition(rank)  # 20 times faster than kthvalue at 768 x 768
-    return a[rank], a[following:].amin()
+    return a.kthvalue(rank + 1).values, a.kthvalue(following + 1).values

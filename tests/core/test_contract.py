@@ -21,7 +21,7 @@ def test_public_names_and_arguments() -> None:
         "threshold": ["w", "sparsity"],
         "kept_count": ["size", "sparsity"],
         "sparsity_for": ["size", "keep"],
-        "merged_linear": ["x", "weight", "bias", "delta_fn", "params"],
+        "merged_linear": ["x", "weight", "bias", "delta_fn", "params", "folds"],
         "Allocator": [
             *("sizes", "init_sparsity", "target_sparsity", "init_warmup", "final_warmup"),
             *("interval", "total", "beta1", "beta2", "metric", "exact", "strict"),
