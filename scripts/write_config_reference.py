@@ -8,7 +8,7 @@ from typing import Any
 
 from snell_diffusion import SnellaConfig
 from snell_diffusion.diffusion.concepts import ConceptConfig
-from snell_diffusion.diffusion.config import GROUPS
+from snell_diffusion.diffusion.config_groups import GROUPS
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 NAMES = {

@@ -7,8 +7,9 @@ from typing import Any
 
 from snell_diffusion.adapters.export_tokens import EMBEDS_GLOB, EMBEDS_NAME
 from snell_diffusion.diffusion.concepts import ConceptConfig
-from snell_diffusion.diffusion.config import Feedback, TrainConfig
+from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.config_files import config_values
+from snell_diffusion.diffusion.config_groups import Feedback
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.checkpoints import Checkpoint, CheckpointFolder
 from snell_diffusion.training.errors import CheckpointError

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from snell_diffusion.diffusion.config import GROUPS, TrainConfig
+from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.config_files import (
     KEYS,
     config_text,
@@ -16,6 +16,7 @@ from snell_diffusion.diffusion.config_files import (
     parse_config,
     read_config,
 )
+from snell_diffusion.diffusion.config_groups import GROUPS
 from snell_diffusion.errors import SnellaConfigError
 
 LEAST = ["--instance_data_dir", "photos", "--instance_prompt", "a sks cat"]
