@@ -159,7 +159,8 @@ def predict(model: nn.Module, family: str, **more: Any) -> Tensor:
     return model(**denoiser_inputs(family), **more, return_dict=False)[0]
 
 
-def vae(seed: int = 0) -> AutoencoderKL:
+def vae(seed: int = 0, channels: int = 4, **config: Any) -> AutoencoderKL:
+    """A VAE that halves every side."""
     torch.manual_seed(seed)
     return AutoencoderKL(
         block_out_channels=[8, 16],
@@ -168,7 +169,8 @@ def vae(seed: int = 0) -> AutoencoderKL:
         out_channels=3,
         down_block_types=["DownEncoderBlock2D", "DownEncoderBlock2D"],
         up_block_types=["UpDecoderBlock2D", "UpDecoderBlock2D"],
-        latent_channels=4,
+        latent_channels=channels,
+        **config,
     ).eval()
 
 

@@ -6,7 +6,6 @@ All are seeded, float32, in eval mode, and a few thousand weights large.
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
@@ -26,6 +25,7 @@ WIDTH = 32  # hidden size of every text encoder
 LETTERS = [chr(code) for code in range(33, 127)]
 
 clip_tokenizer = tiny_models.tokenizer  # one token per character, 16 tokens at most
+vae = tiny_models.vae
 
 _CHAT = """{% for message in messages %}<|im_start|>{{ message['role'] }}
 {{ message['content'] }}<|im_end|>
@@ -103,18 +103,3 @@ def qwen3(seed: int = 0, layers: int = 2) -> Qwen3ForCausalLM:
         pad_token_id=0,
     )
     return Qwen3ForCausalLM(config).eval()
-
-
-def vae(seed: int = 0, channels: int = 4, **config: Any) -> AutoencoderKL:
-    """A VAE that halves every side."""
-    torch.manual_seed(seed)
-    return AutoencoderKL(
-        block_out_channels=[8, 16],
-        norm_num_groups=8,
-        in_channels=3,
-        out_channels=3,
-        down_block_types=["DownEncoderBlock2D", "DownEncoderBlock2D"],
-        up_block_types=["UpDecoderBlock2D", "UpDecoderBlock2D"],
-        latent_channels=channels,
-        **config,
-    ).eval()

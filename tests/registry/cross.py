@@ -1,12 +1,8 @@
 """Transformers that read the prompt by cross-attention, or take a class instead of a prompt."""
 
-from typing import Any
-
 import torch
 
-from tests.registry.record import Draw, Inputs, TinyFamily
-
-HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16}
+from tests.registry.record import HEADS, Draw, Inputs, TinyFamily
 
 
 def latents(draw: Draw) -> Inputs:

@@ -4,10 +4,7 @@ from typing import Any
 
 import torch
 
-from tests.registry.record import Draw, Inputs, TinyFamily
-
-HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16}
-ROPE = (4, 4, 8)
+from tests.registry.record import HEADS, ROPE, Draw, Inputs, TinyFamily
 
 
 def latents(draw: Draw) -> Inputs:

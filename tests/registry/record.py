@@ -16,6 +16,10 @@ from torch import Tensor, nn
 
 Inputs = dict[str, Any]
 
+# Sizes that most of the transformers take by these names.
+HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16}
+ROPE = (4, 4, 8)
+
 
 class Draw:
     """Seeded inputs of a denoiser; every call of `normal` continues the same stream."""

@@ -1,10 +1,8 @@
 """Transformers over one sequence of text and image tokens."""
 
-from typing import Any
-
 import torch
 
-from tests.registry.record import Draw, Inputs, TinyFamily
+from tests.registry.record import HEADS, ROPE, Draw, Inputs, TinyFamily
 
 
 def lumina2(draw: Draw) -> Inputs:
@@ -68,9 +66,6 @@ def ernie(draw: Draw) -> Inputs:
         "text_lens": torch.tensor([5]),
     }
 
-
-HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16}
-ROPE = (4, 4, 8)
 
 FAMILIES = [
     TinyFamily(
