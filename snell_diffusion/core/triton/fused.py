@@ -5,7 +5,8 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -14,6 +15,7 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 _failures: list[str] = []
+_off: list[bool] = []  # not a context variable: backward passes on a GPU run in other threads
 
 
 class LaunchError(RuntimeError):
@@ -26,7 +28,7 @@ def available(device: torch.device) -> bool:
     On the CPU it is true under Triton's interpreter (TRITON_INTERPRET=1 before the first import),
     which is for tests: it is thousands of times slower. While torch.compile traces, it is false.
     """
-    if _failures or torch.compiler.is_compiling():
+    if _failures or _off or torch.compiler.is_compiling():
         return False
     if device.type == "cpu":
         return os.environ.get("TRITON_INTERPRET") == "1" and _loads()
@@ -41,6 +43,16 @@ def attempt(device: torch.device, fused: Callable[[], T], plain: Callable[[], T]
         except LaunchError:  # already logged, once
             pass
     return plain()
+
+
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """Have the formulas of torch serve inside, in every thread, to compare the two."""
+    _off.append(True)
+    try:
+        yield
+    finally:
+        _off.pop()
 
 
 def failed(reason: str) -> LaunchError:
