@@ -70,6 +70,26 @@ def copy_adapter_tensors(components: Components, values: Mapping[str, Tensor]) -
         tensor.copy_(values[name])
 
 
+def adapter_copies(components: Components) -> dict[str, Tensor]:
+    """What `adapter_tensors` hold now; later steps do not change it."""
+    return {name: t.detach().clone() for name, t in adapter_tensors(components).items()}
+
+
+@contextmanager
+def applied(components: Components, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put other values into the models inside this context; the live ones come back.
+
+    Raises:
+        CheckpointError: Names or shapes differ; nothing is changed then.
+    """
+    live = adapter_copies(components)
+    copy_adapter_tensors(components, values)
+    try:
+        yield
+    finally:
+        copy_adapter_tensors(components, live)
+
+
 @contextmanager
 def adapters_off(components: Components) -> Iterator[None]:
     """Run the base model alone inside this context."""

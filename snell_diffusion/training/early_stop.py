@@ -6,16 +6,16 @@ way.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
 
 from snell_diffusion.training.adapter_tensors import (
     Components,
-    adapter_tensors,
-    copy_adapter_tensors,
+    adapter_copies,
+    applied,
 )
 from snell_diffusion.training.errors import CheckpointError
 
@@ -39,7 +39,7 @@ class BestAdapter:
         self.components = components
         self.patience, self.min_delta = patience, min_delta
         self.loss, self.step, self.misses = math.inf, 0, 0
-        self.tensors = _copies(components)
+        self.tensors = adapter_copies(components)
 
     @property
     def exhausted(self) -> bool:
@@ -60,18 +60,12 @@ class BestAdapter:
             self.misses += 1
             return False
         self.loss, self.step, self.misses = loss, step, 0
-        self.tensors = _copies(self.components)
+        self.tensors = adapter_copies(self.components)
         return True
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> AbstractContextManager[None]:
         """Put the best adapter into the models inside this context; the live values come back."""
-        live = _copies(self.components)
-        copy_adapter_tensors(self.components, self.tensors)
-        try:
-            yield
-        finally:
-            copy_adapter_tensors(self.components, live)
+        return applied(self.components, self.tensors)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values; the tensors are apart. The loss as text, since JSON has no infinity."""
@@ -94,7 +88,3 @@ class BestAdapter:
             )
         self.loss, self.step, self.misses = loss, state["step"], state["misses"]
         self.tensors = {k: tensors[k].to(v.device).clone() for k, v in self.tensors.items()}
-
-
-def _copies(components: Components) -> dict[str, Tensor]:
-    return {name: t.detach().clone() for name, t in adapter_tensors(components).items()}

@@ -6,16 +6,17 @@ Buffers (levels, thresholds) are copied, not averaged: an averaged adapter at an
 the live one would be a different model.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from snell_diffusion.training.adapter_tensors import (
     Components,
+    adapter_copies,
     adapter_tensors,
-    copy_adapter_tensors,
+    applied,
 )
 
 
@@ -30,7 +31,7 @@ class AdapterEma:
     def __init__(self, components: Components, decay: float) -> None:
         self.components = components
         self.decay = decay
-        self.shadow = {k: v.detach().clone() for k, v in adapter_tensors(components).items()}
+        self.shadow = adapter_copies(components)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -46,12 +47,6 @@ class AdapterEma:
         """Restore the average from a checkpoint's tensors."""
         self.shadow = {k: shadow[k].to(v.device).clone() for k, v in self.shadow.items()}
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> AbstractContextManager[None]:
         """Put the average into the models inside this context; the live values come back."""
-        live = {k: v.detach().clone() for k, v in adapter_tensors(self.components).items()}
-        copy_adapter_tensors(self.components, self.shadow)
-        try:
-            yield
-        finally:
-            copy_adapter_tensors(self.components, live)
+        return applied(self.components, self.shadow)

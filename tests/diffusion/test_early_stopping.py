@@ -17,7 +17,7 @@ from snell_diffusion.diffusion.training import run
 from snell_diffusion.diffusion.validation import Probe
 from snell_diffusion.training.checkpoints import CheckpointFolder
 from snell_diffusion.training.errors import CheckpointError
-from tests.diffusion.training_runs import config
+from tests.diffusion.training_runs import adapter, config
 
 LOSSES = (3.0, 2.0, 1.0, 1.5, 1.2, 0.5, 0.4)  # after step 0, 1, ...
 STOP: dict[str, Any] = {
@@ -38,10 +38,6 @@ def measured(losses: Sequence[float]) -> Iterator[None]:
         patch.setattr(Probe, "loss", lambda self: next(numbers))
         patch.setattr(Probe, "base_loss", lambda self: 4.0)
         yield
-
-
-def adapter(folder: Path) -> bytes:
-    return (folder / "pytorch_snella_weights.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
