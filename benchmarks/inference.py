@@ -1,0 +1,87 @@
+"""The forward pass with an adapter loaded, against the base alone.
+
+python -m benchmarks.inference            all
+python -m benchmarks.inference vit-b      one
+
+base     the model without adapter
+cached   the adapter loaded, as it is used by default; its first call is not timed
+fused    the adapter added to the weights
+"""
+
+import copy
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.layers import TARGETS, LinearModel
+from benchmarks.methods import ADAPTER, adapt, twin
+from benchmarks.results import Entry
+from benchmarks.section import Measure, Run, main
+from benchmarks.shapes import Linear
+from benchmarks.works import QUICK, WORKS, Inputs
+from snell_diffusion.tuners import delta_layers
+
+_TIMES = 4  # rounds as often as elsewhere: the ratios are close to 1
+
+
+class Call:
+    """A forward pass without gradients."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        self.model, self._inputs = model.eval(), inputs
+
+    def __call__(self) -> Any:
+        with torch.no_grad():
+            return self.model(**self._inputs)
+
+
+def compare_calls(base: nn.Module, targets: list[str], inputs: Inputs, run: Run) -> Entry:
+    """The three ways on one model; only `fused` has weights of its own."""
+    cached = adapt(twin(base), "ours", targets)
+    fused = adapt(copy.deepcopy(base), "ours", targets)
+    for _, layer in delta_layers(fused, ADAPTER):
+        layer.merge()
+    models = {"base": base.requires_grad_(False), "cached": cached, "fused": fused}
+    calls = {name: Call(model, inputs) for name, model in models.items()}
+    return {"seconds": run.time(calls, times=1 if run.quick else _TIMES)}
+
+
+def linear(shape: Linear, run: Run) -> Entry:
+    """A single Linear."""
+    inputs, outputs, tokens = (min(n, 64) for n in shape) if run.quick else shape
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
+    with run.device:
+        base = LinearModel(inputs, outputs, dtype)
+        x = torch.randn(tokens, inputs, dtype=dtype)
+    return compare_calls(base, list(TARGETS), {"x": x}, run)
+
+
+def model(name: str, batch: int, run: Run) -> Entry:
+    """A whole model."""
+    work = WORKS[QUICK.get(name, name) if run.quick else name]
+    dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
+    with run.device:
+        base = work.model(dtype)
+        inputs = work.inputs(1 if run.quick else batch, dtype)
+    found = compare_calls(base, work.paths(base), inputs, run)
+    return {"title": work.title, "batch": batch, **found}
+
+
+_LINEARS = (
+    *(Linear(768, 3072, 1576), Linear(1280, 1280, 256)),
+    *(Linear(320, 320, 4096), Linear(768, 320, 77)),
+)
+ENTRIES: dict[str, Measure] = {
+    **{shape.name: partial(linear, shape) for shape in _LINEARS},
+    "embedded-unet": partial(model, "embedded-unet", 4),
+    "embedded-dit": partial(model, "embedded-dit", 4),
+    "vit-b": partial(model, "vit-b", 1),
+    "sd15": partial(model, "sd15", 1),
+}
+
+if __name__ == "__main__":
+    sys.exit(main("inference", ENTRIES, rounds=3))
