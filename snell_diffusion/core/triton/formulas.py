@@ -108,8 +108,9 @@ def kernel(p, g, o, i, size, H: tl.constexpr, q: tl.constexpr, Q: tl.constexpr):
 
 @triton.jit
 def log_probability(K, mixers, g, i, size):
-    """log softmax_o(K / gamma)."""
-    return K / tl.load(mixers.gamma + g) - entries(mixers.lse, g, i, size.I)[None, :]
+    """log softmax_o(K / gamma); not above 0, also by rounding and outside of the matrix."""
+    z = K / tl.load(mixers.gamma + g) - entries(mixers.lse, g, i, size.I)[None, :]
+    return tl.minimum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kernels import PRODUCT_MIN_COLUMNS
 from .fused import failed
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -40,10 +41,14 @@ def blocks(heads: int, columns: int) -> dict[str, int]:
 
     A backward pass holds about five tiles, and the points and sums of every head, in registers: at
     64 x 64 and 8 warps each tile takes 16 of a thread's 255. Wide or many heads leave room for
-    smaller tiles, and for one set of points at a time in shared memory.
+    smaller tiles only, and for one set of points at a time in shared memory; so do few columns,
+    whose distances are taken coordinate by coordinate.
     """
-    width = heads * columns
-    edge, warps, stages = (64, 8, 2) if width <= 32 else (32, 4, 2) if width <= 128 else (16, 2, 1)
+    width = heads * padded(columns)
+    if width <= 32 and columns >= PRODUCT_MIN_COLUMNS:
+        edge, warps, stages = 64, 8, 2
+    else:
+        edge, warps, stages = (32, 4, 2) if width <= 128 else (16, 2, 1)
     return {"BO": edge, "BI": edge, "num_warps": warps, "num_stages": stages}
 
 

@@ -121,7 +121,7 @@ def prepare(
 def row_statistics(group: Group, gamma: Tensor) -> Tensor:
     """log sum_o exp(K / gamma), [G, I]; gamma [G], above 0."""
     lse = torch.empty(group.G, group.size.I, dtype=torch.float32, device=group.device)
-    config = blocks(group.H, group.Q)
+    config = blocks(group.H, group.q)
     launch(
         passes.row_statistics,
         (triton.cdiv(group.size.I, config["BI"]), group.G),
@@ -158,7 +158,7 @@ def write(
     """
     base = _table(group, "weights", weights) if weights else None
     target = _table(group, "out", out)
-    config = blocks(group.H, group.Q)
+    config = blocks(group.H, group.q)
     tiles = triton.cdiv(group.size.I, config["BI"]) * triton.cdiv(group.size.O, config["BO"])
     launch(
         passes.write,
@@ -196,7 +196,7 @@ def backward(
     G, H, I, O = group.G, group.H, *group.size
     given = _table(group, "dW", dW)
     limits, scales = _cut(group, cut, rule), _scales(group, scale)
-    config = blocks(group.H, group.Q)
+    config = blocks(group.H, group.q)
     empty = functools.partial(torch.empty, dtype=torch.float32, device=group.device)
 
     def run(kernel: Any, tiles: int, *extra: Tensor | None) -> None:

@@ -53,7 +53,7 @@ def thresholds(group: "Group", levels: Tensor) -> tuple[Tensor, Tensor]:
     position = levels.double() * (entries - 1)
     rank = position.long()
     search = _begin(group, levels, rank)
-    config = blocks(group.H, group.Q)
+    config = blocks(group.H, group.q)
     grid = triton.cdiv(group.size.I, config["BI"]) * triton.cdiv(group.size.O, CHUNK)
     for _ in range(COUNTS):
         launch(

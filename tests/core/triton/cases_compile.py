@@ -1,0 +1,110 @@
+"""The kernels as the compiler sees them, for a Hopper GPU that need not be there.
+
+The interpreter runs what the compiler may refuse. `test_passes.py` runs this file.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from snell_diffusion.core import RULES
+from snell_diffusion.core.triton import launch, ops, selection
+from tests.core.triton.layers import KERNELS, layers, levels_of
+
+SHARED_MEMORY = 227 * 1024  # bytes that a program may have on a Hopper GPU
+
+
+class AbsentGPU:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """Launches compile down to machine code, and nothing runs; the code is listed by name."""
+    monkeypatch.setattr(driver, "_active", AbsentGPU())
+    found = {}
+
+    def compile_only(kernel, grid, device, *args, **meta):
+        code = kernel.warmup(*args, grid=grid, enable_fp_fusion=False, **meta)
+        found.setdefault(kernel.__name__, []).append(code)
+
+    for module in (ops, selection):
+        monkeypatch.setattr(module, "launch", compile_only)
+    return found
+
+
+def compile_all(H: int, q: int, kernel: str, rule: str, dtype: torch.dtype) -> None:
+    group = layers(2, H, 300, 500, q, kernel).group()
+    cut = ops.thresholds(group, levels_of(0.9, 0.9))
+    W = list(torch.zeros(2, 500, 300, dtype=dtype))
+    ops.write(group, None if rule == "none" else cut, 1.0, W, W, rule)
+    ops.backward(group, None if rule == "none" else cut, 1.0, W, rule)
+
+
+FORWARD = {"count", "select", "sample", "bracket", "write"}
+MIXED = {"row_statistics", "row_sums"}
+BACKWARD = {"input_points", "output_points"}
+
+
+def check(found: dict, kernel: str) -> None:
+    assert set(found) == FORWARD | BACKWARD | (MIXED if kernel == "mixed" else set())
+    for name, codes in found.items():
+        for code in codes:
+            assert "cubin" in code.asm, name
+            assert code.metadata.shared <= SHARED_MEMORY, name
+            assert not code.metadata.enable_fp_fusion, name
+            assert "tf32" not in code.asm["ptx"], name
+
+
+def test_kernels_compile(compiled, monkeypatch):
+    smallest = {"BO": 16, "BI": 16, "num_warps": 1, "num_stages": 1}  # compiles fastest
+    for module in (ops, selection):
+        monkeypatch.setattr(module, "blocks", lambda heads, columns: smallest)
+    compile_all(2, 16, "mixed", "squared", torch.bfloat16)
+    check(compiled, "mixed")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_compiles(compiled, rule):
+    compile_all(2, 16, "mixed", rule, torch.float32)
+    check(compiled, "mixed")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("H, q", [(1, 1), (2, 7), (2, 32), (4, 16), (2, 64), (8, 8)])
+def test_every_width_fits(compiled, H, q, kernel):
+    compile_all(H, q, kernel, "squared", torch.bfloat16)
+    check(compiled, kernel)
+
+
+def stack(code, folder: Path) -> int:
+    """Bytes of memory that a thread needs for what its registers do not hold."""
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(code.asm["cubin"])
+    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(re.search(r"STACK:(\d+)", done.stdout)[1])
+
+
+@pytest.mark.full
+def test_the_usual_width_stays_in_registers(compiled, tmp_path):
+    """Tiles that spill to memory would cost what fusing saves."""
+    assert launch.blocks(2, 16)["BO"] == 64
+    compile_all(2, 16, "mixed", "squared", torch.bfloat16)
+    used = {name: stack(code, tmp_path) for name, codes in compiled.items() for code in codes}
+    assert max(used.values()) <= 32, used
