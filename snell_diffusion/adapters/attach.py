@@ -1,6 +1,7 @@
 """Puts an adapter's layers into a model and takes them out again, by literal module paths."""
 
 import copy
+import gc
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -53,6 +54,22 @@ def same_trainability(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No collection of garbage for the time of a block.
+
+    Wrapping makes ten thousands of objects that are there to stay; for each few hundred of them the
+    collector would walk the whole heap.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def inject(model: nn.Module, config: Any, paths: Iterable[str], adapter_name: str) -> None:

@@ -1,17 +1,18 @@
 """Adapters into live models in two phases: check everything, then put in all parts or none.
 
-Phase one rebuilds the adapter on a skeleton: stand-ins of the adapted modules at their paths, with
-the real tuner layers around them. What could fail on the model fails there, and the size of the
-update is measured there, while the model is only looked at: names and shapes of all components
-first, since only the updates cost time. Phase two repeats the same steps on the model; should
-anything fail even then, what was put in is taken out again.
+Phase one rebuilds the adapter on a skeleton: stand-ins of the adapted modules, one of each form,
+with the real tuner layers around them. What could fail on the model fails there, while the model is
+only looked at: names and shapes of all components first, then how large the updates are. Phase two
+repeats the same steps on the model; should anything fail even then, what was put in is taken out
+again.
 """
 
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -25,12 +26,13 @@ from snell_diffusion.adapters.attach import (
     form_in,
     form_of,
     inject,
-    is_shared,
     remove_adapter,
     skeleton,
-    stand_in,
+    uncollected,
+    zero_layer,
 )
 from snell_diffusion.adapters.identity import config_hash
+from snell_diffusion.adapters.proportion import check_update, measured_update
 from snell_diffusion.adapters.read import AdapterFile
 from snell_diffusion.adapters.schema import Component, Layer
 from snell_diffusion.adapters.state import Components, config_from, layer_tensors, stored_shape
@@ -49,11 +51,11 @@ from snell_diffusion.errors import (
     quoted,
     shown,
 )
-from snell_diffusion.tuners import delta_layers
+from snell_diffusion.tuners import DeltaLayer, delta_layers
 from snell_diffusion.tuners.bypass import BYPASSED, is_bypassed
 from snell_diffusion.tuners.qkv_guard import is_fused
 from snell_diffusion.tuners.traverse import unwrapped
-from snell_diffusion.tuners.weights import device_of, has_plain_weight
+from snell_diffusion.tuners.weights import device_of
 
 __all__ = ["LoadReport", "check_adapter_name", "load_adapter"]
 
@@ -68,8 +70,6 @@ class LoadReport:
         layers: Adapted layers by component.
         tensors: How many tensors were read.
         parameters: How many numbers the factors hold.
-        largest_update: max over layers of |ΔW| / |W| (Frobenius norms), with no entry of ΔW
-            dropped, where it is largest; 0 where W is quantized.
         base_matches: By component, whether class and config hash are those it was trained on.
         words: The new words that prompts may use.
     """
@@ -79,11 +79,38 @@ class LoadReport:
     layers: dict[str, int]
     tensors: int
     parameters: int
-    largest_update: float
     base_matches: dict[str, bool]
     words: tuple[str, ...] = ()
+    _live: tuple[weakref.ref[DeltaLayer], ...] = field(default=(), repr=False, compare=False)
+
+    @cached_property
+    def largest_update(self) -> float:
+        """max over layers of |ΔW| / |W| (Frobenius norms), with no entry of ΔW dropped, where it is
+        largest; 0 where W is quantized. One evaluation of every update, at the first look.
+
+        Raises:
+            SnellaKeyError: The adapter has been taken out since.
+        """
+        largest = 0.0
+        for reference in self._live:
+            layer = reference()
+            if layer is None or self.adapter_name not in layer.configs:
+                raise SnellaKeyError(
+                    f"{self.adapter_name!r} has been unloaded: its updates can be measured only "
+                    "while it is there, load it again"
+                )
+            settings = ("_sparsity", "_threshold")
+            tensors = {
+                short: tensor.detach()
+                for short, tensor in layer_tensors(layer, self.adapter_name).items()
+                if not short.endswith(settings)
+            }
+            config = layer.configs[self.adapter_name]
+            largest = max(largest, measured_update(layer.get_base_layer(), config, tensors))
+        return largest
 
 
+@uncollected()
 def load_adapter(
     components: Components,
     file: AdapterFile,
@@ -131,12 +158,9 @@ def load_adapter(
     matches = {
         name: _check_base(model, name, file, allow_other_base) for name, model in parts.items()
     }
-    shadows = {name: _rehearse(model, name, file, adapter_name) for name, model in parts.items()}
-    largest = max(
-        _check_updates(shadow, f"{file.source}: layer {name}", adapter_name, max_relative_update)
-        for name, shadow in shadows.items()
-    )
-    del shadows
+    bases = {name: _rehearse(model, name, file, adapter_name) for name, model in parts.items()}
+    for name, layers in bases.items():
+        _check_updates(layers, name, file, max_relative_update)
     tokens = file.header.tokens
     if tokens is not None:
         check_tokens(
@@ -151,9 +175,13 @@ def load_adapter(
         layers={name: len(part.layers) for name, part in file.header.components.items()},
         tensors=len(file.tensors),
         parameters=sum(tensor.numel() for tensor in factors),
-        largest_update=largest,
         base_matches=matches,
         words=() if tokens is None else tuple(word.text for word in tokens.words),
+        _live=tuple(
+            weakref.ref(layer)
+            for model in parts.values()
+            for _, layer in delta_layers(model, adapter_name)
+        ),
     )
 
 
@@ -247,34 +275,37 @@ def _form(form: Mapping[str, Any]) -> str:
     return f"[out, in] = {form['shape']} of a {height}x{width} kernel with groups={form['groups']}"
 
 
-def _rehearse(model: nn.Module, component: str, file: AdapterFile, adapter_name: str) -> nn.Module:
-    """One component's adapter on a skeleton of the model, every name and shape checked."""
+def _rehearse(
+    model: nn.Module, component: str, file: AdapterFile, adapter_name: str
+) -> dict[str, nn.Module]:
+    """The base layers of one component's adapter, every name and shape checked.
+
+    On a skeleton with one layer of each form: layers of one form have the same tensors.
+    """
     part = file.header.components[component]
     layers = _check_modules(model, component, part, file.source)
     config = config_from(part, f"{file.source}: header field 'components.{component}")
-    leaves = {path: stand_in(layer, has_plain_weight(layer)) for path, layer in layers.items()}
+    firsts: dict[str, str] = {}
+    for path, row in part.layers.items():
+        firsts.setdefault(_form(form_in(row)), path)
+    leaves = {path: zero_layer(form_in(part.layers[path])) for path in firsts.values()}
     shadow = skeleton(leaves)
-    inject(shadow, config, part.layers, adapter_name)
-    for path, layer in delta_layers(shadow, adapter_name):
+    inject(shadow, config, leaves, adapter_name)
+    live = {path: layer_tensors(layer, adapter_name) for path, layer in delta_layers(shadow)}
+    for path, row in part.layers.items():
         tensors = file.by_layer[f"{component}.{path}"]
         place = f"{file.source}: layer {component}.{path}"
-        _check_tensors(layer_tensors(layer, adapter_name), tensors, part.layers[path], place)
-        fill(layer, adapter_name, tensors)
-    return shadow
+        _check_tensors(live[firsts[_form(form_in(row))]], tensors, row, place)
+    return layers
 
 
-def _check_updates(shadow: nn.Module, source: str, adapter_name: str, bound: float) -> float:
-    """Refuse updates out of proportion; returns the largest |ΔW| / |W|."""
-    largest = 0.0
-    for path, layer in delta_layers(shadow, adapter_name):
-        # At threshold 0 no entry is smaller than at any other. A stored threshold, or a level of 1,
-        # could hide entries that `set_snella_sparsity` brings back; level 0 would still hide the
-        # smallest, which are all of them where they are equal.
-        for name, tensor in layer_tensors(layer, adapter_name).items():
-            if name.endswith("_threshold"):
-                tensor.zero_()
-        largest = max(largest, _relative_update(layer, adapter_name, bound, f"{source}.{path}"))
-    return largest
+def _check_updates(
+    layers: Mapping[str, nn.Module], component: str, file: AdapterFile, bound: float
+) -> None:
+    config = config_from(file.header.components[component], component)
+    for path, layer in layers.items():
+        name = f"{component}.{path}"
+        check_update(layer, config, file.by_layer[name], bound, f"{file.source}: layer {name}")
 
 
 def _check_modules(
@@ -348,31 +379,6 @@ def _check_tensors(
             )
 
 
-@torch.no_grad()
-def _relative_update(layer: Any, adapter_name: str, bound: float, place: str) -> float:
-    delta = layer.get_delta_weight(adapter_name)
-    weight = layer.get_base_layer().weight
-    known = is_shared(weight)
-    largest = torch.finfo(weight.dtype if known else torch.float32).max
-    if not float(delta.abs().max()) <= largest:
-        raise SnellaValueError(
-            f"{place}: expected an update of finite {weight.dtype} numbers, got NaN, infinite or "
-            "larger ones although its tensors are finite; use another checkpoint of this adapter"
-        )
-    size = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
-    rms = limits.MIN_BASE_RMS if known else limits.UNKNOWN_BASE_RMS
-    floor = rms * delta.numel() ** 0.5
-    norm = float(torch.linalg.vector_norm(weight, dtype=torch.float32)) if known else 0.0
-    ratio = size / max(norm, floor)
-    if not ratio <= bound:
-        raise SnellaValueError(
-            f"{place}: expected an update at most {bound:g} times as large as the weight it is "
-            f"added to, got {ratio:.3g} times; the file is damaged: use another checkpoint, or "
-            "raise max_relative_update"
-        )
-    return ratio if known else 0.0
-
-
 def _commit(
     components: Components,
     parts: Components,
@@ -389,7 +395,8 @@ def _commit(
     try:
         for component, model in parts.items():
             part = file.header.components[component]
-            inject(model, config_from(part, component), part.layers, adapter_name)
+            config = config_from(part, component)
+            inject(model, config, part.layers, adapter_name)
             for path, layer in delta_layers(model, adapter_name):
                 fill(layer, adapter_name, file.by_layer[f"{component}.{path}"])
         for model in components.values():

@@ -144,6 +144,12 @@ class DeltaModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        # A layer puts its tensors next to the base's itself: there is nothing more to move.
+        setattr(parent, child_name, new_module)
+
     def _layer_class(self, target: nn.Module) -> type[DeltaLayer]:
         """The method's layer for a module, which another tuner may have wrapped."""
         while isinstance(target, BaseTunerLayer):

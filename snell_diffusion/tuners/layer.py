@@ -7,9 +7,10 @@ A method gives parameters and one pure function of them (`delta_params`, `delta_
 forward, merge, unmerge, scale, dropout, several adapters and disabling follow from those two here.
 """
 
+import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal
@@ -180,6 +181,16 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def delta_state(self, adapter: str) -> tuple[Tensor, ...]:
         """Tensors other than the parameters that the update depends on."""
         return ()
+
+    @classmethod
+    def norm_bound(cls, config: Any, tensors: Mapping[str, Tensor]) -> float:
+        """At least an update's Frobenius norm at any level, scale included; infinite if unknown.
+
+        Args:
+            config: The adapter's settings.
+            tensors: Its parameters and buffers in one layer, by container.
+        """
+        return math.inf
 
     def on_training_forward(self, adapter: str) -> None:
         """Called before an update that will be differentiated."""

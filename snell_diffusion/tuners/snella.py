@@ -9,13 +9,14 @@ Where paper and public code differ, `SnellaConfig.paper` follows the code.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from snell_diffusion.core import FirstThreshold, dense, threshold, update
+from snell_diffusion.core.bounds import update_bound
 from snell_diffusion.tuners.base import DeltaConfig, DeltaModel
 from snell_diffusion.tuners.containers import PreciseBufferDict, PreciseParameterDict
 from snell_diffusion.tuners.conv import ConvLayer
@@ -156,6 +157,15 @@ class SnellaLayer(DeltaLayer):
             ).T
 
         return fn
+
+    @classmethod
+    def norm_bound(cls, config: SnellaConfig, tensors: Mapping[str, Tensor]) -> float:
+        A, B, signs = (tensors[f"snella_{name}"] for name in ("A", "B", "signs"))
+        alpha, beta = (tensors.get(f"snella_{name}") for name in ("alpha", "beta"))
+        kernel, p, rule = config.kernel, config.p, config.sparsify
+        return abs(config.scale) * update_bound(
+            A, B, signs, alpha, beta, kernel=kernel, p=p, rule=rule
+        )
 
     def on_training_forward(self, adapter: str) -> None:
         if self._level(adapter).stored:
