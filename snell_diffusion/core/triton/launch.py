@@ -14,6 +14,7 @@ from ..kernels import PRODUCT_MIN_COLUMNS
 from .fused import failed
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+PROGRAMS_A_PROCESSOR = 2
 MIN_COLUMNS = 16  # tl.dot needs 16 along each axis
 
 
@@ -50,6 +51,24 @@ def blocks(heads: int, columns: int) -> dict[str, int]:
     else:
         edge, warps, stages = (32, 4, 2) if width <= 128 else (16, 2, 1)
     return {"BO": edge, "BI": edge, "num_warps": warps, "num_stages": stages}
+
+
+def spread(programs: int, tiles: int, device: torch.device) -> int:
+    """Tiles that one program goes over, so that a GPU has work for all of it.
+
+    Args:
+        programs: How many there are if each takes all the tiles.
+        tiles: In a row or column of the matrix.
+    """
+    wanted = max(1, PROGRAMS_A_PROCESSOR * _processors(device) // programs)
+    return triton.cdiv(tiles, min(tiles, wanted))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def padded(columns: int) -> int:

@@ -9,13 +9,11 @@ Kernels `distance` and `mixed` with p = 2, float32 factors, up to 8 heads of up 
 Nothing synchronises the device. Every result repeats bit for bit.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -23,12 +21,13 @@ from ..kernels import positive_gamma
 from ..sparsify import RULES
 from . import passes, passes_back
 from .formulas import Cut, Mixers, Points, Size
-from .launch import DTYPES, addresses, blocks, launch, padded
+from .launch import DTYPES, addresses, blocks, launch, padded, spread
 from .selection import thresholds
 
 __all__ = ["Gradients", "Group", "backward", "prepare", "row_statistics", "thresholds", "write"]
 
 MAX_HEADS, MAX_COLUMNS = 8, 64
+CENTRE_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,23 @@ class Group:
     def shape(self) -> tuple[int, int, int]:
         """What a kernel is compiled for: H, q, Q."""
         return self.H, self.q, self.Q
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """Tile and compiler options of every pass: alike, so that all build the same w."""
+        return blocks(self.H, self.q)
+
+    def strips(self, axis: str) -> tuple[int, int, int]:
+        """Programs that own inputs (axis "I") or outputs ("O") and go over the other axis.
+
+        Returns:
+            Blocks along the axis, parts that the other one is cut into, and entries of a part.
+        """
+        edges = {"I": self.blocks["BI"], "O": self.blocks["BO"]}
+        tiles = {name: triton.cdiv(n, edges[name]) for name, n in self.size._asdict().items()}
+        other = "O" if axis == "I" else "I"
+        each = spread(tiles[axis] * self.G, tiles[other], self.device)
+        return tiles[axis], triton.cdiv(tiles[other], each), each * edges[other]
 
     @property
     def lse(self) -> Tensor | None:
@@ -120,16 +136,16 @@ def prepare(
 
 def row_statistics(group: Group, gamma: Tensor) -> Tensor:
     """log sum_o exp(K / gamma), [G, I]; gamma [G], above 0."""
-    lse = torch.empty(group.G, group.size.I, dtype=torch.float32, device=group.device)
-    config = blocks(group.H, group.q)
+    strips, parts, span = group.strips("I")
+    lse = torch.empty(parts, group.G, group.size.I, dtype=torch.float32, device=group.device)
     launch(
         passes.row_statistics,
-        (triton.cdiv(group.size.I, config["BI"]), group.G),
+        (strips, group.G, parts),
         group.device,
-        *(group.points, gamma, lse, group.size, *group.shape),
-        **config,
+        *(group.points, gamma, lse, group.size, span, *group.shape),
+        **group.blocks,
     )
-    return lse
+    return lse.logsumexp(0) if parts > 1 else lse[0]
 
 
 def write(
@@ -158,7 +174,7 @@ def write(
     """
     base = _table(group, "weights", weights) if weights else None
     target = _table(group, "out", out)
-    config = blocks(group.H, group.q)
+    config = group.blocks
     tiles = triton.cdiv(group.size.I, config["BI"]) * triton.cdiv(group.size.O, config["BO"])
     launch(
         passes.write,
@@ -193,30 +209,28 @@ def backward(
         ValueError: a tensor is not as described, or the rule is unknown.
         LaunchError: a kernel cannot be compiled or started.
     """
-    G, H, I, O = group.G, group.H, *group.size
     given = _table(group, "dW", dW)
     limits, scales = _cut(group, cut, rule), _scales(group, scale)
-    config = blocks(group.H, group.q)
-    empty = functools.partial(torch.empty, dtype=torch.float32, device=group.device)
 
-    def run(kernel: Any, tiles: int, *extra: Tensor | None) -> None:
+    def run(kernel: Any, axis: str, shape: tuple[int, ...], *extra: Tensor | None) -> Tensor:
+        strips, parts, span = group.strips(axis)
+        result = torch.empty(parts, *shape, dtype=torch.float32, device=group.device)
         launch(
             kernel,
-            (tiles, G),
+            (strips, group.G, parts),
             group.device,
-            *(group.points, group.mixers, limits, scales, given, *extra, group.size, *group.shape),
+            *(group.points, group.mixers, limits, scales, given, *extra, result),
+            *(group.size, span, *group.shape),
             RULE=rule,
             GRAD=DTYPES[dW[0].dtype],
-            **config,
+            **group.blocks,
         )
+        return result.sum(0) if parts > 1 else result[0]
 
-    across, down = triton.cdiv(I, config["BI"]), triton.cdiv(O, config["BO"])
-    sums = None if group.mixers is None else empty(4, G, I)
-    if sums is not None:
-        run(passes_back.row_sums, across, sums)
-    dA, dB = empty(G, H, I, group.q), empty(G, H, O, group.q)
-    run(passes_back.input_points, across, sums, dA)
-    run(passes_back.output_points, down, sums, dB)
+    G, H, (I, O), q = group.G, group.H, group.size, group.q
+    sums = None if group.mixers is None else run(passes_back.row_sums, "I", (4, G, I))
+    dA = run(passes_back.input_points, "I", (G, H, I, q), sums)
+    dB = run(passes_back.output_points, "O", (G, H, O, q), sums)
     return Gradients(dA, dB, *_mixer_gradients(group.mixers, sums))
 
 
@@ -234,10 +248,23 @@ def _mixer_gradients(mixers: Mixers | None, sums: Tensor | None) -> tuple[Tensor
 
 
 def _points(A: Tensor, B: Tensor, signs: Tensor) -> Points:
-    mean = B.mean(2, keepdim=True)
-    padding = (0, padded(A.shape[-1]) - A.shape[-1])
-    a, b = F.pad(A - mean, padding), F.pad(B - mean, padding)
-    return Points(a, b, a.square().sum(-1), b.square().sum(-1), signs.contiguous())
+    (G, H, I, q), O = A.shape, B.shape[2]
+    Q = padded(q)
+    points = Points(
+        a=A.new_empty(G, H, I, Q),
+        b=A.new_empty(G, H, O, Q),
+        a_norm=A.new_empty(G, H, I),
+        b_norm=A.new_empty(G, H, O),
+        signs=signs.contiguous(),
+    )
+    launch(
+        passes.centre,
+        (triton.cdiv(max(I, O), CENTRE_ROWS), G * H),
+        A.device,
+        *(A.contiguous(), B.contiguous(), points, Size(I, O), q, Q),
+        ROWS=CENTRE_ROWS,
+    )
+    return points
 
 
 def _per_layer(name: str, values: Tensor, G: int) -> Tensor:

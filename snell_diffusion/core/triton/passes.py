@@ -1,7 +1,9 @@
-"""Forward passes over G layers of one shape: statistics, sample, count, select, write.
+"""Forward passes over G layers of one shape: centre, statistics, sample, count, select, write.
 
-Programs of axis 0 share out the tiles of one layer, axis 1 is the layer. Each rebuilds its tiles of
-w from the points; nothing of the size of a weight is read or written but W0 and the result.
+Axis 0 of the programs are blocks of rows, or tiles, of one layer, axis 1 is the layer; along axis 2
+`span` outputs each are shared out where there are too few blocks to keep a GPU busy. A program
+rebuilds its tiles of w from the points; nothing of the size of a weight is read or written but W0
+and the result.
 """
 
 import triton
@@ -16,23 +18,54 @@ WORTH = tl.constexpr(1024.0)  # independent entries
 
 
 @triton.jit
+def shift_rows(given, moved, norms, mean, head, n, N, q: tl.constexpr, Q: tl.constexpr):
+    """Rows n of a head: moved = given - mean, filled up with zeros to Q columns; |moved|^2."""
+    k = tl.arange(0, Q)[None, :]
+    real = (n < N)[:, None] & (k < q)
+    row = tl.load(given + (head * N + n)[:, None] * q + k, mask=real, other=0.0)
+    row = tl.where(real, row - mean[None, :], 0.0)
+    tl.store(moved + (head * N + n)[:, None] * Q + k, row, mask=(n < N)[:, None])
+    tl.store(norms + head * N + n, tl.sum(row * row, 1), mask=n < N)
+
+
+@triton.jit
+def centre(A, B, p, size, q: tl.constexpr, Q: tl.constexpr, ROWS: tl.constexpr):
+    """Points of `p` from A [G, H, I, q] and B [G, H, O, q]: a common shift keeps distances.
+
+    Axis 1 is layer and head. Each program sums up all of B again: that costs less than a launch.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    k = tl.arange(0, Q)[None, :]
+    total = tl.zeros([Q], tl.float32)
+    for start in range(0, size.O, ROWS):
+        o = (start + tl.arange(0, ROWS))[:, None]
+        at = B + (head * size.O + o) * q + k
+        total += tl.sum(tl.load(at, mask=(o < size.O) & (k < q), other=0.0), 0)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    shift_rows(A, p.a, p.a_norm, total / size.O, head, n, size.I, q, Q)
+    shift_rows(B, p.b, p.b_norm, total / size.O, head, n, size.O, q, Q)
+
+
+@triton.jit
 def row_statistics(
-    p, gamma, lse, size, H: tl.constexpr, q: tl.constexpr, Q: tl.constexpr,
+    p, gamma, lse, size, span, H: tl.constexpr, q: tl.constexpr, Q: tl.constexpr,
     BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """lse[g,i] = log sum_o exp(K / gamma): running maximum and sum over tiles of outputs."""
+    """lse[part,g,i] = log sum_o exp(K / gamma): running maximum and sum over tiles of outputs."""
     g = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     peak = tl.full([BI], float("-inf"), tl.float32)
     total = tl.zeros([BI], tl.float32)
-    for start in range(0, size.O, BO):
+    first = tl.program_id(2) * span
+    for start in range(first, tl.minimum(first + span, size.O), BO):
         o = start + tl.arange(0, BO)
         z = kernel(p, g, o, i, size, H, q, Q) / tl.load(gamma + g)
         z = tl.where((o < size.O)[:, None], z, float("-inf"))
         higher = tl.maximum(peak, tl.max(z, 0))
         total = total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher[None, :]), 0)
         peak = higher
-    tl.store(lse + g * size.I + i, peak + tl.log(total), mask=i < size.I)
+    part = tl.program_id(2) * tl.num_programs(1) + g
+    tl.store(lse + part * size.I + i, peak + tl.log(total), mask=i < size.I)
 
 
 @triton.jit
@@ -61,32 +94,50 @@ def sample(
 
 
 @triton.jit
-def bracket(bits, levels, low, shift, S):
-    """The first interval to search, from a sorted sample bits [G, S]: the level, give or take.
+def begin(search, levels, entry_count, sample, S):
+    """State of the search before the first count.
 
-    The margin is three standard errors of as many independent entries as the sample is worth: its
-    tiles share rows and columns, and distances to one point go together.
+    The first interval is everything, or around the level's place in a sorted sample [G, S] of bit
+    patterns. The margin is three standard errors of as many independent entries as the sample is
+    worth: its tiles share rows and columns, and distances to one point go together.
     """
     g = tl.program_id(0)
-    level = tl.load(levels + g).to(tl.float32)
-    margin = 3.0 * tl.sqrt(level * (1.0 - level) / WORTH) + 1.0 / WORTH
-    first, last = (
-        tl.floor((level - margin) * S).to(tl.int32),
-        tl.ceil((level + margin) * S).to(tl.int32),
-    )
-    start = tl.where(first < 0, 0, tl.load(bits + g * S + tl.maximum(first, 0)))
-    end = tl.where(last >= S, LAST, tl.load(bits + g * S + tl.minimum(last, S - 1)))
+    level = tl.load(levels + g)
+    position = level * (entry_count - 1)
+    rank = position.to(tl.int64)
+    tl.store(search.rank + g, rank)
+    tl.store(search.fraction + g, (position - rank).to(tl.float32))
+    start = tl.zeros([], tl.int32)
+    end = tl.full([], LAST, tl.int32)
+    if sample is not None:
+        short = level.to(tl.float32)
+        margin = 3.0 * tl.sqrt(short * (1.0 - short) / WORTH) + 1.0 / WORTH
+        first = tl.floor((short - margin) * S).to(tl.int32)
+        last = tl.ceil((short + margin) * S).to(tl.int32)
+        start = tl.where(first < 0, start, tl.load(sample + g * S + tl.maximum(first, 0)))
+        end = tl.where(last >= S, end, tl.load(sample + g * S + tl.minimum(last, S - 1)))
     width = end.to(tl.int64) - start + 1
-    exponent = tl.arange(0, 32).to(tl.int64)
-    one = tl.full([32], CELLS, tl.int64)
-    tl.store(low + g, start)
-    tl.store(shift + g, tl.sum(((one << exponent) < width).to(tl.int32), 0))
+    cells = tl.full([32], CELLS, tl.int64) << tl.arange(0, 32).to(tl.int64)
+    tl.store(search.low + g, start)
+    tl.store(search.shift + g, tl.sum((cells < width).to(tl.int32), 0))
+    tl.store(search.done + g, 0)
+    tl.store(search.largest + g, 0)
+    reset(search, g)
+
+
+@triton.jit
+def reset(search, g):
+    """Counters before a count."""
+    cell = tl.arange(0, CELLS)
+    tl.store(search.cells + g * CELLS + cell, tl.zeros([CELLS], tl.int32))
+    tl.store(search.below + g, tl.zeros([], tl.int64))
+    tl.store(search.following + g, LAST)
 
 
 @triton.jit
 def count(
-    p, mixers, search, size, H: tl.constexpr, q: tl.constexpr, Q: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr, CHUNK: tl.constexpr,
+    p, mixers, search, size, span, H: tl.constexpr, q: tl.constexpr, Q: tl.constexpr,
+    BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """Histogram of |w| in CELLS cells of 2^shift bit patterns from `low` on, and what lies outside.
 
@@ -96,13 +147,12 @@ def count(
     g = tl.program_id(1).to(tl.int64)
     if tl.load(search.done + g) == 0:
         low, shift = tl.load(search.low + g), tl.load(search.shift + g)
-        chunks = tl.cdiv(size.O, CHUNK)
-        i = (tl.program_id(0) // chunks) * BI + tl.arange(0, BI)
-        first = (tl.program_id(0) % chunks) * CHUNK
+        i = tl.program_id(0) * BI + tl.arange(0, BI)
+        first = tl.program_id(2) * span
         below = tl.zeros([BI], tl.int32)
         following = tl.full([BI], LAST, tl.int32)
         largest = tl.zeros([BI], tl.int32)
-        for start in range(first, tl.minimum(first + CHUNK, size.O), BO):
+        for start in range(first, tl.minimum(first + span, size.O), BO):
             o = start + tl.arange(0, BO)
             real = (o < size.O)[:, None] & (i < size.I)[None, :]
             bits = magnitude_bits(p, mixers, g, o, i, size, H, q, Q)
@@ -123,7 +173,7 @@ def select(search, entry_count):
     """Narrow each layer's interval to the cell that holds its rank, or to the side that does.
 
     At one bit pattern a cell the search ends: `value` and `next_value` are the magnitudes of the
-    rank and of the one after it. Counters are left at zero for the next count.
+    rank and of the one after it. Else the counters are cleared for the next count.
     """
     g = tl.program_id(0)
     if tl.load(search.done + g) == 0:
@@ -150,9 +200,7 @@ def select(search, entry_count):
             tl.store(search.low + g, tl.where(before, 0, inner).to(tl.int32))
             narrower = tl.maximum(shift - CELL_BITS, 0)
             tl.store(search.shift + g, tl.where(missed, 31 - CELL_BITS, narrower))
-            tl.store(search.cells + g * CELLS + cell, tl.zeros_like(held))
-            tl.store(search.below + g, 0)
-            tl.store(search.following + g, LAST)
+            reset(search, g)
 
 
 @triton.jit

@@ -6,7 +6,8 @@
     R_h  = signs[h] dK / |a - b|                            0 where the distance is 0
     dA_i = sum_o R (a_i - b_o),  dB_o = sum_i R (b_o - a_i)
 
-A program owns the rows it sums for, and adds in a fixed order: the results repeat bit for bit.
+Axes of the programs as in `passes`; what is shared out along axis 2 comes in parts, to be added up.
+A part belongs to one program, which adds in a fixed order: the results repeat bit for bit.
 """
 
 import triton
@@ -54,11 +55,11 @@ def kernel_gradient(grad_w, K, mixers, row_gradient, g, o, i, size):
 
 @triton.jit
 def row_sums(
-    p, mixers, cut, scale, dW, sums, size,
+    p, mixers, cut, scale, dW, sums, size, span,
     H: tl.constexpr, q: tl.constexpr, Q: tl.constexpr, RULE: tl.constexpr,
     GRAD: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """Sums over o of each row, [4, G, I]: g P, g, g P log(O P) and P log(O P).
+    """Sums over o of each row, [parts, 4, G, I]: g P, g, g P log(O P) and P log(O P).
 
     The first is r; alpha, beta and gamma have their gradients from all four. The factor O changes
     nothing in exact numbers, and keeps the last two small where P is almost the same everywhere.
@@ -69,7 +70,8 @@ def row_sums(
     plain = tl.zeros([BI], tl.float32)
     weighted = tl.zeros([BI], tl.float32)
     entropy = tl.zeros([BI], tl.float32)
-    for start in range(0, size.O, BO):
+    first = tl.program_id(2) * span
+    for start in range(first, tl.minimum(first + span, size.O), BO):
         o = start + tl.arange(0, BO)
         K = kernel(p, g, o, i, size, H, q, Q)
         grad = update_gradient(K, mixers, cut, scale, dW, g, o, i, size, RULE, GRAD)
@@ -80,8 +82,8 @@ def row_sums(
         plain += tl.sum(grad, 0)
         weighted += tl.sum(grad * share * logarithm, 0)
         entropy += tl.sum(share * logarithm, 0)
-    at = sums + g * size.I + i
     step = tl.num_programs(1).to(tl.int64) * size.I
+    at = sums + 4 * tl.program_id(2) * step + g * size.I + i
     tl.store(at, r, mask=i < size.I)
     tl.store(at + step, plain, mask=i < size.I)
     tl.store(at + 2 * step, weighted, mask=i < size.I)
@@ -112,17 +114,18 @@ def quotient(grad, p, head, o, i, size, q: tl.constexpr, Q: tl.constexpr):
 
 @triton.jit
 def input_points(
-    p, mixers, cut, scale, dW, row_gradient, dA, size,
+    p, mixers, cut, scale, dW, row_gradient, dA, size, span,
     H: tl.constexpr, q: tl.constexpr, Q: tl.constexpr, RULE: tl.constexpr,
     GRAD: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """dA [G, H, I, q]: a program owns BI inputs and goes over the outputs."""
+    """dA [parts, G, H, I, q]: a program owns BI inputs and goes over outputs."""
     g = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     total = ()
     for _ in tl.static_range(H):
         total += (tl.zeros([BI, Q], tl.float32),)
-    for start in range(0, size.O, BO):
+    first = tl.program_id(2) * span
+    for start in range(first, tl.minimum(first + span, size.O), BO):
         o = start + tl.arange(0, BO)
         K = kernel(p, g, o, i, size, H, q, Q)
         grad = update_gradient(K, mixers, cut, scale, dW, g, o, i, size, RULE, GRAD)
@@ -133,24 +136,26 @@ def input_points(
             more += (total[h] + pull(R, p.a, p.b, g * H + h, i, size.I, o, size.O, q, Q),)
         total = more
     k = tl.arange(0, Q)[None, :]
+    layer = tl.program_id(2) * tl.num_programs(1) + g
     for h in tl.static_range(H):
-        at = dA + ((g * H + h) * size.I + i)[:, None] * q + k
+        at = dA + ((layer * H + h) * size.I + i)[:, None] * q + k
         tl.store(at, total[h], mask=(i < size.I)[:, None] & (k < q))
 
 
 @triton.jit
 def output_points(
-    p, mixers, cut, scale, dW, row_gradient, dB, size,
+    p, mixers, cut, scale, dW, row_gradient, dB, size, span,
     H: tl.constexpr, q: tl.constexpr, Q: tl.constexpr, RULE: tl.constexpr,
     GRAD: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """dB [G, H, O, q]: a program owns BO outputs and goes over the inputs."""
+    """dB [parts, G, H, O, q]: a program owns BO outputs and goes over inputs."""
     g = tl.program_id(1).to(tl.int64)
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     total = ()
     for _ in tl.static_range(H):
         total += (tl.zeros([BO, Q], tl.float32),)
-    for start in range(0, size.I, BI):
+    first = tl.program_id(2) * span
+    for start in range(first, tl.minimum(first + span, size.I), BI):
         i = start + tl.arange(0, BI)
         K = kernel(p, g, o, i, size, H, q, Q)
         grad = update_gradient(K, mixers, cut, scale, dW, g, o, i, size, RULE, GRAD)
@@ -161,6 +166,7 @@ def output_points(
             more += (total[h] + pull(R, p.b, p.a, g * H + h, o, size.O, i, size.I, q, Q),)
         total = more
     k = tl.arange(0, Q)[None, :]
+    layer = tl.program_id(2) * tl.num_programs(1) + g
     for h in tl.static_range(H):
-        at = dB + ((g * H + h) * size.O + o)[:, None] * q + k
+        at = dB + ((layer * H + h) * size.O + o)[:, None] * q + k
         tl.store(at, total[h], mask=(o < size.O)[:, None] & (k < q))

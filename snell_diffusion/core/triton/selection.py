@@ -9,34 +9,44 @@ after the end return at once. Nothing of this is known to the host.
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import passes
-from .launch import blocks, launch
+from .launch import launch
 
 if TYPE_CHECKING:
     from .ops import Group
 
 COUNTS = 4
-CHUNK = 512  # outputs a program goes over: its three totals take an atomic operation each
 SAMPLE_FROM = 2**16  # entries; below, a whole count costs less than a sample
 SAMPLE_EDGE, SAMPLE_TILES = 16, 64
 
 
 class Search(NamedTuple):
-    """State of the search of each layer, [G], and the histogram, [G, 2048]."""
+    """State of the search of each layer, [G], and the histogram, [G, CELLS]."""
 
     low: Any  # first bit pattern of the interval
     shift: Any  # a cell holds 2^shift bit patterns
-    rank: Any  # from 0, ascending
     done: Any
-    cells: Any
-    below: Any  # entries below the interval
-    following: Any  # smallest bit pattern above it
+    following: Any  # smallest bit pattern above the interval
     largest: Any  # of all
     value: Any  # bit patterns of the rank, and of the one after it
     next_value: Any
+    rank: Any  # from 0, ascending
+    below: Any  # entries below the interval
+    fraction: Any  # of the way from the rank to the next, float32
+    cells: Any
+
+    @classmethod
+    def empty(cls, G: int, device: torch.device) -> "Search":
+        low, shift, done, following, largest, value, next_value = torch.empty(
+            7, G, dtype=torch.int32, device=device
+        ).unbind()
+        rank, below = torch.empty(2, G, dtype=torch.int64, device=device).unbind()
+        fraction = torch.empty(G, dtype=torch.float32, device=device)
+        cells = torch.empty(G, passes.CELLS.value, dtype=torch.int32, device=device)
+        bits = (low, shift, done, following, largest, value, next_value)
+        return cls(*bits, rank, below, fraction, cells)
 
 
 def thresholds(group: "Group", levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,49 +58,34 @@ def thresholds(group: "Group", levels: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Thresholds [G] float32, and [G] float32 that is 1 where a matrix is zero everywhere, else 0.
+
+    Raises:
+        ValueError: levels are not as described.
+        LaunchError: a kernel cannot be compiled or started.
     """
+    if levels.shape != (group.G,) or levels.dtype != torch.float64:
+        raise ValueError(
+            f"levels must be {group.G} float64 numbers, one a layer, "
+            f"got {list(levels.shape)} {levels.dtype}"
+        )
     entries = group.size.I * group.size.O
-    position = levels.double() * (entries - 1)
-    rank = position.long()
-    search = _begin(group, levels, rank)
-    config = blocks(group.H, group.q)
-    grid = triton.cdiv(group.size.I, config["BI"]) * triton.cdiv(group.size.O, CHUNK)
+    search = Search.empty(group.G, group.device)
+    sampled = entries > SAMPLE_FROM and min(group.size) >= SAMPLE_EDGE
+    sample = _sample(group) if sampled else None
+    width = sample.shape[1] if sample is not None else 0
+    launch(passes.begin, (group.G,), group.device, search, levels, entries, sample, width)
+    config, (blocks, parts, span) = group.blocks, group.strips("I")
     for _ in range(COUNTS):
         launch(
             passes.count,
-            (grid, group.G),
+            (blocks, group.G, parts),
             group.device,
-            *(group.points, group.mixers, search, group.size, *group.shape),
-            CHUNK=CHUNK,
+            *(group.points, group.mixers, search, group.size, span, *group.shape),
             **config,
         )
         launch(passes.select, (group.G,), group.device, search, entries)
     low, high = search.value.view(torch.float32), search.next_value.view(torch.float32)
-    t = torch.lerp(low, high, (position - rank).float())
-    return t, (search.largest == 0).float()
-
-
-def _begin(group: "Group", levels: Tensor, rank: Tensor) -> Search:
-    def filled(value: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.full((group.G,), value, dtype=dtype, device=group.device)
-
-    low, shift = filled(0), filled(31 - passes.CELL_BITS.value)
-    if group.size.I * group.size.O > SAMPLE_FROM and min(group.size) >= SAMPLE_EDGE:
-        guess = _sample(group)
-        launch(passes.bracket, (group.G,), group.device, guess, levels, low, shift, guess.shape[1])
-    cells = torch.zeros(group.G, passes.CELLS.value, dtype=torch.int32, device=group.device)
-    return Search(
-        low=low,
-        shift=shift,
-        rank=rank,
-        done=filled(0),
-        cells=cells,
-        below=filled(0, torch.int64),
-        following=filled(passes.LAST.value),
-        largest=filled(0),
-        value=filled(0),
-        next_value=filled(0),
-    )
+    return torch.lerp(low, high, search.fraction), (search.largest == 0).float()
 
 
 def _sample(group: "Group") -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from snell_diffusion.core import LIVE_AT_ZERO, RULES
-from snell_diffusion.core.triton import ops
+from snell_diffusion.core.triton import launch, ops
 from tests.core.triton.layers import DEVICE, KERNELS, Layers, cut_at, layers
 
 SCALE = 0.7
@@ -126,7 +126,8 @@ def test_a_matrix_of_zeros_lives_by_the_rules_that_say_so(rule):
     assert_same(got, wanted(given, t, dW, rule))
 
 
-def test_results_repeat_alone_or_in_a_group():
+def test_results_repeat_alone_or_in_a_group(monkeypatch):
+    monkeypatch.setattr(launch, "PROGRAMS_A_PROCESSOR", 0)  # parts depend on the group's size
     given, dW = layers(2, 2, 70, 40, 16, "mixed"), gradient(2, 40, 70)
     _, first = run(given, dW, "squared")
     _, again = run(given, dW, "squared")
@@ -135,6 +136,15 @@ def test_results_repeat_alone_or_in_a_group():
     for a, b, c in zip(first, again, alone, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a[1:], c)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_sums_in_parts_add_up(kernel, monkeypatch):
+    given, dW = layers(1, 2, 80, 70, 16, kernel), gradient(1, 70, 80)
+    monkeypatch.setattr(launch, "PROGRAMS_A_PROCESSOR", 100)
+    assert given.group().strips("I")[1] == given.group().strips("O")[1] == 2
+    t, got = run(given, dW, "squared")
+    assert_same(got, wanted(given, t, dW, "squared"))
 
 
 def test_each_layer_has_its_scale():

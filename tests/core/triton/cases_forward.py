@@ -97,6 +97,17 @@ def test_points_far_from_the_origin_keep_their_accuracy():
     assert float((w - exact).abs().max()) < 2e-6 * float(exact.abs().max()) + 1e-6
 
 
+def test_row_statistics_in_parts(monkeypatch):
+    given = layers(1, 2, 40, 150, 8, "mixed")
+    monkeypatch.setattr(launch, "PROGRAMS_A_PROCESSOR", 0)
+    whole = given.group()
+    assert whole.strips("I") == (1, 1, 192)
+    monkeypatch.setattr(launch, "PROGRAMS_A_PROCESSOR", 100)
+    parts = given.group()
+    assert parts.strips("I") == (1, 3, 64)
+    torch.testing.assert_close(parts.lse, whole.lse, rtol=1e-6, atol=1e-6)
+
+
 # Thresholds
 
 
@@ -189,6 +200,11 @@ def test_a_sample_spares_counts_and_changes_nothing(kernel, monkeypatch, small_s
     assert unfinished == [4, 4, 0, 0]
 
 
+def test_counts_in_parts_add_up(monkeypatch):
+    monkeypatch.setattr(launch, "PROGRAMS_A_PROCESSOR", 100)
+    check_thresholds(layers(1, 2, 37, 150, 16, "mixed"), levels_of(0.9))
+
+
 @pytest.mark.parametrize("guess", [0, 0x3F800000, int(passes.LAST.value)])
 def test_a_misleading_sample_changes_nothing(guess, monkeypatch, small_sample):
     monkeypatch.setattr(
@@ -273,7 +289,8 @@ def test_a_broken_layer_is_not_hidden(rule):
     assert int(out.isnan().sum()) == 30
 
 
-def test_layers_of_a_group_do_not_touch_each_other():
+def test_layers_of_a_group_do_not_touch_each_other(monkeypatch):
+    monkeypatch.setattr(launch, "PROGRAMS_A_PROCESSOR", 0)  # parts depend on the group's size
     given = layers(3, 2, 37, 53, 16, "mixed")
     together = torch.empty(3, 53, 37, device=DEVICE)
     group = given.group()
@@ -365,6 +382,9 @@ def test_arguments_that_do_not_fit_are_named():
         "rule 'mask' needs the thresholds": lambda: ops.write(group, None, 1, None, good, "mask"),
         "out must hold 2 matrices, one a layer, got 1": lambda: ops.write(
             group, cut, 1, None, good[:1]
+        ),
+        r"levels must be 2 float64 numbers, one a layer, got \[2\] torch.float32": (
+            lambda: ops.thresholds(group, torch.ones(2, device=DEVICE))
         ),
         r"weights must be contiguous \[30, 20\].*got \[20, 30\]": lambda: ops.write(
             group, cut, 1, [w.reshape(20, 30) for w in good], good
