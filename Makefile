@@ -15,6 +15,7 @@ export TORCH_INDEX
 export GRADIO_ANALYTICS_ENABLED := False
 
 .PHONY: help setup demo demo-dit test test-full reliability defences lint format app docs
+.PHONY: bench bench-gpu
 
 help:
 	@echo "make demo       train SNELLA on photos of a cup and draw one picture, runs/demo/demo.png"
@@ -22,6 +23,8 @@ help:
 	@echo "make test       the test suite          make test-full  also the slow tiers"
 	@echo "make reliability  test-full, and write its figures to docs/reliability.md"
 	@echo "make defences   take out each defence in a copy of the tree and see its tests fail"
+	@echo "make bench      time, bytes and operations of all methods, to docs/performance.md"
+	@echo "make bench-gpu  the same on an NVIDIA GPU"
 	@echo "make app        the page, on http://127.0.0.1:7860"
 	@echo "make lint       ruff and mypy           make format     rewrite the code with ruff"
 	@echo "make docs       regenerate the generated pages and pictures under docs/"
@@ -50,6 +53,12 @@ reliability: $(READY)
 
 defences: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.check_defences --publish
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+bench-gpu: $(READY)
+	$(BIN)/python -m benchmarks.gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .

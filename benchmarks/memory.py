@@ -18,17 +18,17 @@ from benchmarks.fakes import make_fake
 from benchmarks.methods import adapt, path, trained_bytes
 from benchmarks.results import Entry
 from benchmarks.section import Measure, Run, main
-from benchmarks.works import WORKS, checkpoint_activations, loss_of
+from benchmarks.works import QUICK, WORKS, Work, checkpoint_activations, loss_of
 from snell_diffusion.diffusion.memory.live import FakeDevice
 
 COMPARED = ("lora", "lora_fp32", "ours", "plain", "full")
 
 
 def fake_cost(
-    name: str, method: str, batch: int, dtype: torch.dtype, checkpointing: bool = False
+    work: Work, method: str, batch: int, dtype: torch.dtype, checkpointing: bool = False
 ) -> tuple[Cost, int]:
     """Count the step of one method; and the bytes that it trains."""
-    work, device = WORKS[name], FakeDevice()
+    device = FakeDevice()
     with torch.device("meta"):
         model = work.model(dtype)
     adapt(model, method, work.paths(model))
@@ -49,11 +49,12 @@ def compare(name: str, batch: int, dtype: torch.dtype, checkpointing: bool, run:
     """Every method on one model."""
     # In float32 both LoRAs are the same.
     methods = [m for m in COMPARED if m != "lora_fp32" or dtype != torch.float32]
+    work, batch = WORKS[QUICK[name] if run.quick else name], 1 if run.quick else batch
     costs = {}
     for method in tqdm(methods, desc=f"  {run.label}", smoothing=0, leave=False):
-        costs[method] = fake_cost(name, method, 1 if run.quick else batch, dtype, checkpointing)
+        costs[method] = fake_cost(work, method, batch, dtype, checkpointing)
     return {
-        "title": WORKS[name].title,
+        "title": work.title,
         "batch": batch,
         "dtype": str(dtype).removeprefix("torch."),
         "checkpointing": checkpointing,

@@ -1,6 +1,7 @@
 """What every section does alike: arguments, progress with the time left, results entry by entry."""
 
 import argparse
+import fnmatch
 import gc
 import sys
 import time
@@ -75,7 +76,7 @@ def main(
     path = options.results or default_path(where, options.quick)
     results, failed = Results(path), []
     command = command or f"python -m benchmarks.{section}"
-    names = options.names or list(entries)
+    names = _chosen(options.names, entries)
     bar = tqdm(names, desc=section, smoothing=0)
     for name in bar:
         run = Run(where, 2 if options.quick else options.rounds, options.quick, name)
@@ -97,6 +98,11 @@ def main(
     return int(bool(failed))
 
 
+def _chosen(patterns: Sequence[str], entries: Mapping[str, Measure]) -> list[str]:
+    """The entries that match one of the patterns, or all."""
+    return [name for name in entries if any(fnmatch.fnmatch(name, p) for p in patterns or ["*"])]
+
+
 def _options(
     section: str,
     entries: Mapping[str, Measure],
@@ -108,16 +114,16 @@ def _options(
         prog=f"python -m benchmarks.{section}",
         description=f"Entries: {', '.join(entries)}. Without names all of them are measured.",
     )
-    parser.add_argument("names", nargs="*", metavar="ENTRY", help="measure and replace these alone")
+    parser.add_argument("names", nargs="*", metavar="ENTRY", help="these alone; * for any text")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--results", type=Path, help="JSON file to change")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"timed rounds ({rounds})")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
     parser.add_argument("--device", default=device, help=f"torch device ({device})")
     options = parser.parse_args(arguments)
-    unknown = sorted(set(options.names) - set(entries))
+    unknown = [name for name in options.names if not fnmatch.filter(entries, name)]
     if unknown:
-        parser.error(f"unknown entry {', '.join(unknown)}; known: {', '.join(entries)}")
+        parser.error(f"no entry is called {', '.join(unknown)}; known: {', '.join(entries)}")
     if options.rounds < 1 or options.threads < 1:
         parser.error("--rounds and --threads must be 1 or more")
     return options

@@ -126,7 +126,9 @@ def _flux_inputs(batch: int, dtype: torch.dtype) -> Inputs:
     }
 
 
-def _vit(width: int, layers: int, heads: int, patch: int) -> Callable[[], nn.Module]:
+def vit(width: int, layers: int, heads: int, patch: int) -> Callable[[], nn.Module]:
+    """A ViT for pictures of 224 pixels, without a head."""
+
     def build() -> nn.Module:
         from transformers import ViTConfig, ViTModel
 
@@ -198,9 +200,9 @@ WORKS: dict[str, Work] = {
         _embedded_inputs("embedded-dit", "transformer"),
         JOINT,
     ),
-    "vit-b": Work("ViT-B/16", _vit(768, 12, 12, 16), _pictures, VIT_LINEARS),
-    "vit-l": Work("ViT-L/16", _vit(1024, 24, 16, 16), _pictures, VIT_LINEARS),
-    "vit-h": Work("ViT-H/14", _vit(1280, 32, 16, 14), _pictures, VIT_LINEARS),
+    "vit-b": Work("ViT-B/16", vit(768, 12, 12, 16), _pictures, VIT_LINEARS),
+    "vit-l": Work("ViT-L/16", vit(1024, 24, 16, 16), _pictures, VIT_LINEARS),
+    "vit-h": Work("ViT-H/14", vit(1280, 32, 16, 14), _pictures, VIT_LINEARS),
     "sd15": Work(
         "SD 1.5",
         _published("stable-diffusion-v1-5/stable-diffusion-v1-5"),
