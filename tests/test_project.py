@@ -14,15 +14,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "snell_diffusion"
 
 # part -> (parts of ours it may import, distributions it may import beside the standard library)
-CORE = ({"core"}, {"torch", "triton"})
-TUNERS = ({"core", "tuners", "errors", "versions"}, {"torch", "peft", "accelerate", "packaging"})
+CORE = ({"core"}, {"torch", "numpy", "triton"})
+TUNERS = (
+    {"core", "tuners", "errors", "versions"},
+    CORE[1] | {"peft", "accelerate", "packaging", "psutil"},
+)
 ADAPTERS = (
     TUNERS[0] | {"adapters"},
     TUNERS[1] | {"safetensors", "huggingface_hub", "pydantic", "transformers"},
 )
 TRAINING = (
     ADAPTERS[0] | {"training"},
-    ADAPTERS[1] | {"deepspeed", "matplotlib", "numpy", "PIL", "psutil", "tqdm"},
+    ADAPTERS[1] | {"deepspeed", "matplotlib", "numpy", "PIL", "tqdm"},
 )
 DIFFUSION = (
     TRAINING[0] | {"diffusion", "models"},

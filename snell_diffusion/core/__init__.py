@@ -2,7 +2,7 @@
 
 from .allocator import METRICS, Allocator
 from .apportion import apportion
-from .blocks import BlockUpdate, ScaledSum, WholeUpdate, fold
+from .blocks import BlockUpdate, DeltaFn, ScaledSum, WholeUpdate, fold
 from .kernel_update import KernelUpdate
 from .kernels import GAMMA_MIN, distance_kernel, linear_kernel, mix, positive_gamma
 from .merge import merged_linear
@@ -26,6 +26,7 @@ __all__ = [
     "RULES",
     "Allocator",
     "BlockUpdate",
+    "DeltaFn",
     "FirstThreshold",
     "Geometry",
     "KernelUpdate",

@@ -277,6 +277,7 @@ def assemble(
         delta = walk.delta(columns)
         base = None if weight is None else weight[:, columns]
         if not update.splits:
+            delta = check_shape(delta, base)
             return delta.to(dtype or delta.dtype) if base is None else fold(base, delta)
         dtype = (dtype or delta.dtype) if weight is None else weight.dtype
         if out is None or out.dtype != dtype:

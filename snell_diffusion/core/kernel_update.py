@@ -87,6 +87,13 @@ class KernelUpdate(BlockUpdate):
         t = threshold(w, self.sparsity) if self.limit is None else self.limit
         return (t, *([all_zero(w)] if self._lives_at_zero else [])), w
 
+    def whole(self, params: Sequence[Tensor]) -> Tensor:
+        """w [O, I] before the sparsify rule, without gradients."""
+        scratch = Scratch(pooled=False)
+        walk = self._walk(params, (), [False] * len(params), scratch, None)
+        blocks = [walk.dense(columns).clone() for columns in self.columns(params)]
+        return torch.cat(blocks, 1)
+
     def _measure_blocks(self, params: Sequence[Tensor], walk: "_Walk") -> tuple[Tensor, ...]:
         def magnitudes() -> Iterator[Tensor]:
             return (walk.dense(columns).abs_() for columns in self.columns(params))

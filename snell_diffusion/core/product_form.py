@@ -77,7 +77,7 @@ class Points:
         """Squared distances, infinity in place of those that count as zero."""
         if not at_hand(squared):
             noise = self.noise.view(-1, 1, 1)
-            return out.copy_(torch.where(squared > noise, squared, torch.inf))
+            return out.copy_(squared).masked_fill_(squared <= noise, torch.inf)
         for one, limit, result in zip(squared, self.noise.tolist(), out, strict=True):
             torch.threshold(one, limit, torch.inf, out=result)
         return out

@@ -28,22 +28,21 @@ class Scratch:
 
     def __init__(self, pooled: bool = True) -> None:
         self._pooled = pooled
-        self._flat: dict[str, Tensor] = {}
+        self._passing: dict[str, Tensor] = {}
+        self._lasting: dict[str, Tensor] = _pool.pop() if pooled and _pool else {}
         self._parts: dict[int, Scratch] = {}
-        if pooled and _pool:
-            self._flat = _pool.pop()
 
     def take(
         self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None
     ) -> Tensor:
         """Uninitialised contiguous memory of any shape; what had the same name is lost."""
         size, dtype = math.prod(shape), dtype or like.dtype
-        if not at_hand(like) or size > POOLED_ENTRIES or not self._pooled:
-            return like.new_empty(*shape, dtype=dtype)
-        flat = self._flat.get(name)
+        lasts = self._pooled and at_hand(like) and size <= POOLED_ENTRIES
+        memory = self._lasting if lasts else self._passing
+        flat = memory.get(name)
         if flat is None or len(flat) < size or flat.dtype != dtype:
             with torch.inference_mode(False):  # else unusable outside of it
-                flat = self._flat[name] = torch.empty(size, dtype=dtype)
+                flat = memory[name] = torch.empty(size, dtype=dtype, device=like.device)
         return flat[:size].view(*shape)
 
     def part(self, index: int) -> "Scratch":
@@ -53,8 +52,8 @@ class Scratch:
         return self._parts[index]
 
     def __del__(self) -> None:
-        if self._pooled and len(_pool) < POOL_SIZE:
-            _pool.append(self._flat)
+        if self._lasting and len(_pool) < POOL_SIZE:
+            _pool.append(self._lasting)
 
 
 def release_scratch() -> None:

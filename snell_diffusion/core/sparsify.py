@@ -131,6 +131,9 @@ def sparsify(
     if rule == "none":
         return w
     t = _resolve(w, sparsity, threshold)
+    if torch.compiler.is_compiling():  # the same in plain operations, which a compiler fuses
+        delta, factor = _weighed(w.detach(), t, rule)
+        return delta + (w - w.detach()) * factor
     sparse: Tensor = _Sparsify.apply(w, t, rule)
     return sparse
 
@@ -152,8 +155,7 @@ def _resolve(w: Tensor, sparsity: float, given: Threshold | None) -> Tensor:
 class _Sparsify(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, t: Tensor, rule: str) -> Tensor:
-        live = all_zero(w) if rule in LIVE_AT_ZERO else None
-        delta, factor = weigh(w, t, rule, live)
+        delta, factor = _weighed(w, t, rule)
         ctx.save_for_backward(factor)
         return delta.clone() if delta is w else delta
 
@@ -162,6 +164,10 @@ class _Sparsify(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         (factor,) = ctx.saved_tensors
         return g * factor, None, None
+
+
+def _weighed(w: Tensor, t: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    return weigh(w, t, rule, all_zero(w) if rule in LIVE_AT_ZERO else None)
 
 
 def all_zero(w: Tensor) -> Tensor:
@@ -224,7 +230,7 @@ def _kept(w: Tensor, t: Tensor) -> Tensor:
     """w where |w| > t, else 0; NaN stays."""
     if at_hand(w) and at_hand(t):
         return F.hardshrink(w, float(t))  # one pass
-    return w * _above(w, t)
+    return _above(w, t).mul_(w)
 
 
 def _above(w: Tensor, t: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snell_diffusion.core import Geometry, merged_conv2d
+from snell_diffusion.core import BlockUpdate, Geometry, merged_conv2d
 from snell_diffusion.tuners.effective import Multiply
-from snell_diffusion.tuners.layer import DeltaFn, DeltaLayer
+from snell_diffusion.tuners.layer import DeltaLayer
 
 __all__ = ["ConvLayer"]
 
@@ -44,13 +44,19 @@ class ConvLayer(DeltaLayer):
     def multiply_trained(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
-        delta_fn: DeltaFn,
+        update: BlockUpdate,
         params: Sequence[Tensor],
+        folds: bool,
     ) -> Tensor:
         x, geometry = self._padded(x)
-        return merged_conv2d(x, weight, bias, delta_fn, params, geometry)
+        if weight is not None and folds:
+            return merged_conv2d(x, weight, bias, update, params, geometry)
+        # A view of one zero: the update alone through the same code, without another matrix.
+        nothing = x.new_zeros(()).expand(self.weight_shape())
+        y = merged_conv2d(x, nothing, None, update, params, geometry)
+        return y if weight is None else F.conv2d(x, weight, bias, *geometry.arguments) + y
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Geometry]:
         """The input with every padding but plain zeros applied, and how the kernels then move."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from snell_diffusion.core import fold, merged_linear
+from snell_diffusion.core import BlockUpdate, DeltaFn, ScaledSum, WholeUpdate, fold, merged_linear
 from snell_diffusion.tuners.effective import Effective, Multiply, effective_weight, may_keep
 from snell_diffusion.tuners.offload import compute_device, onloaded
 from snell_diffusion.tuners.scale import CallScale
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from snell_diffusion.tuners.base import DeltaConfig
 
 __all__ = ["DeltaLayer"]
-
-DeltaFn = Callable[..., Tensor]
 
 
 class DeltaLayer(nn.Module, BaseTunerLayer):
@@ -145,13 +143,17 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def multiply_trained(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
-        delta_fn: DeltaFn,
+        update: BlockUpdate,
         params: Sequence[Tensor],
+        folds: bool,
     ) -> Tensor:
-        """The same with weight + delta_fn(*params), for a backward pass that keeps no update."""
-        return merged_linear(x, weight, bias, delta_fn, params)
+        """The same with weight + update(*params), for a backward pass that keeps no update.
+
+        Without a weight it is the update's product alone; `folds` as `core.merged_linear`.
+        """
+        return merged_linear(x, weight, bias, update, params, folds=folds)
 
     @staticmethod
     def folded(weight: Tensor, delta: Tensor) -> Tensor:
@@ -300,24 +302,19 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def _combined(
         self, adapters: Sequence[str], scales: dict[str, float] | None = None
-    ) -> tuple[DeltaFn, tuple[Tensor, ...]]:
+    ) -> tuple[BlockUpdate, tuple[Tensor, ...]]:
         """One pure function of all adapters' parameters: their scaled updates, summed."""
         scales = scales or self.scaling
-        parts = [
-            (self.delta_fn(name), len(self.delta_params(name)), scales[name]) for name in adapters
-        ]
-
-        def fn(*tensors: Tensor) -> Tensor:
-            total, start = None, 0
-            for part, count, scale in parts:
-                delta = part(*tensors[start : start + count])
-                delta = delta if scale == 1.0 else delta * scale
-                total = delta if total is None else total + delta
-                start += count
-            assert total is not None
-            return total
-
-        return fn, tuple(tensor for name in adapters for tensor in self.delta_params(name))
+        parts: list[tuple[BlockUpdate, int, float]] = []
+        params: list[Tensor] = []
+        for name in adapters:
+            update, own = self.delta_fn(name), self.delta_params(name)
+            update = update if isinstance(update, BlockUpdate) else WholeUpdate(update)
+            parts.append((update, len(own), scales[name]))
+            params += own
+        if len(parts) == 1 and parts[0][2] == 1.0:
+            return parts[0][0], tuple(params)
+        return ScaledSum(parts), tuple(params)
 
     def clear_cache(self) -> None:
         """Release the kept weight; needed after writing through the data of a frozen tensor."""
@@ -374,10 +371,10 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 return made(x, *args, **kwargs)
             if self.training and any(self.configs[name].dropout > 0 for name in adapters):
                 return self._forward_dropout(x, adapters, *args, **kwargs)
-            if args or kwargs or not self._folds(x):
+            if args or kwargs or not self.is_plain():
                 return self.base_layer(x, *args, **kwargs) + self._product(x, adapters)
             linear = self.get_base_layer()
-            return self._product(x, adapters, linear.weight, linear.bias)
+            return self._product(x, adapters, linear.weight, linear.bias, self._folds(x))
 
     def _in_inference(self, adapters: tuple[str, ...]) -> bool:
         """Whether nothing but the input can be differentiated."""
@@ -404,22 +401,16 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         adapters: tuple[str, ...],
         weight: Tensor | None = None,
         bias: Tensor | None = None,
+        folds: bool = True,
     ) -> Tensor:
-        """x (W + ΔW)ᵀ + b in one product; without a weight, x ΔWᵀ."""
-        if weight is None:
-            # A view of one zero: the update alone through the same code, without another matrix.
-            weight = x.new_zeros(()).expand(self.weight_shape())
-        if torch.is_grad_enabled():
-            for name in adapters if self.training else ():
+        """x (W + ΔW)ᵀ + b; without a weight, x ΔWᵀ."""
+        if self.training and torch.is_grad_enabled():
+            for name in adapters:
                 self.on_training_forward(name)
-            fn, params = self._combined(adapters)
-            return self.multiply_trained(x, weight, bias, fn, params)
-        fn, params = self._combined(adapters)
-        return self.operation()(x, self.folded(weight, fn(*params)), bias)
+        update, params = self._combined(adapters)
+        return self.multiply_trained(x, weight, bias, update, params, folds)
 
     def _folds(self, x: Tensor) -> bool:
-        if not self.is_plain():
-            return False
         halves = self.base_layer.weight.dtype in HALVES or lowered_to(x.device.type) is not None
         return self.fold_16bit is True or not halves
 

@@ -9,13 +9,13 @@ Where paper and public code differ, `SnellaConfig.paper` follows the code.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from snell_diffusion.core import FirstThreshold, dense, threshold, update
+from snell_diffusion.core import DeltaFn, KernelUpdate, threshold
 from snell_diffusion.core.bounds import update_bound
 from snell_diffusion.tuners.base import DeltaConfig, DeltaModel
 from snell_diffusion.tuners.containers import PreciseBufferDict, PreciseParameterDict
@@ -128,35 +128,23 @@ class SnellaLayer(DeltaLayer):
             self.snella_threshold[adapter],
         )
 
-    def delta_fn(self, adapter: str) -> Callable[..., Tensor]:
-        config, signs, level = (
-            self._require(adapter),
-            self.snella_signs[adapter],
-            self._level(adapter),
-        )
+    def delta_fn(self, adapter: str) -> DeltaFn:
+        return self.kernel_update(adapter)
+
+    def kernel_update(self, adapter: str) -> KernelUpdate:
+        """The update at the level of this moment, as a function of `delta_params`."""
+        config, level = self._require(adapter), self._level(adapter)
         # A number would be a constant of compiled code, which every new level would invalidate.
         compiling = torch.compiler.is_compiling()
-        wanted = self.snella_sparsity[adapter] if compiling else level.value
-        # One closure serves a forward pass and its recompute: the second finds the threshold.
-        limit = self.snella_threshold[adapter] if level.stored else FirstThreshold(wanted)
-
-        def fn(
-            A: Tensor,
-            B: Tensor,
-            alpha: Tensor | None = None,
-            gamma: Tensor | None = None,
-            beta: Tensor | None = None,
-        ) -> Tensor:
-            return update(
-                *(A, B, signs, alpha, gamma, beta),
-                sparsity=0.0 if compiling else level.value,  # `limit` says it
-                kernel=config.kernel,
-                p=config.p,
-                rule=config.sparsify,
-                threshold=limit,
-            ).T
-
-        return fn
+        return KernelUpdate(
+            signs=self.snella_signs[adapter],
+            sparsity=0.0 if compiling else level.value,
+            kernel=config.kernel,
+            p=config.p,
+            rule=config.sparsify,
+            limit=self.snella_threshold[adapter] if level.stored else None,
+            level=self.snella_sparsity[adapter] if compiling else None,
+        )
 
     @classmethod
     def norm_bound(cls, config: SnellaConfig, tensors: Mapping[str, Tensor]) -> float:
@@ -220,11 +208,8 @@ class SnellaLayer(DeltaLayer):
 
     def dense(self, adapter: str) -> Tensor:
         """The update before sparsify and scale, w [I, O], without gradients."""
-        config = self._require(adapter)
         with torch.no_grad(), self._onloaded():
-            A, B, *mixers = self.delta_params(adapter)
-            signs = self.snella_signs[adapter]
-            return dense(A, B, signs, *mixers, kernel=config.kernel, p=config.p)
+            return self.kernel_update(adapter).whole(self.delta_params(adapter)).T
 
     def factors(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A [H, I, q] and B [H, O, q]: what the competition reads."""

