@@ -78,6 +78,15 @@ def entries(values, row, n, N):
 
 
 @triton.jit
+def matrix(addresses, g, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointer to layer g's matrix; at a multiple of 16 bytes it can be read in wide pieces."""
+    start = tl.load(addresses + g).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        start = tl.multiple_of(start, 16)
+    return start
+
+
+@triton.jit
 def distance(p, head, o, i, size, q: tl.constexpr, Q: tl.constexpr):
     """|b_o - a_i| of one head, by the rules of `..kernels`: what is below the noise is zero.
 

@@ -86,6 +86,11 @@ def addresses(tensors: Sequence[Tensor]) -> Tensor:
     return _addresses(device, stream, tuple(t.data_ptr() for t in tensors))
 
 
+def aligned(tensors: Sequence[Tensor]) -> bool:
+    """Whether each tensor's data begins at a multiple of 16 bytes."""
+    return all(t.data_ptr() % 16 == 0 for t in tensors)
+
+
 @functools.lru_cache(maxsize=1024)
 def _addresses(device: torch.device, stream: int, values: tuple[int, ...]) -> Tensor:
     on_host = torch.tensor(values, dtype=torch.int64)

@@ -21,7 +21,7 @@ from ..kernels import positive_gamma
 from ..sparsify import RULES
 from . import passes, passes_back
 from .formulas import Cut, Mixers, Points, Size
-from .launch import DTYPES, addresses, blocks, launch, padded, spread
+from .launch import DTYPES, addresses, aligned, blocks, launch, padded, spread
 from .selection import thresholds
 
 __all__ = ["Gradients", "Group", "backward", "prepare", "row_statistics", "thresholds", "write"]
@@ -185,6 +185,7 @@ def write(
         RULE=rule,
         BASE=DTYPES[weights[0].dtype] if weights else None,
         OUT=DTYPES[out[0].dtype],
+        ALIGNED=aligned([*(weights or []), *out]),
         **config,
     )
 
@@ -223,6 +224,7 @@ def backward(
             *(group.size, span, *group.shape),
             RULE=rule,
             GRAD=DTYPES[dW[0].dtype],
+            ALIGNED=aligned(dW),
             **group.blocks,
         )
         return result.sum(0) if parts > 1 else result[0]

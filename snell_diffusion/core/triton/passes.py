@@ -9,7 +9,7 @@ and the result.
 import triton
 import triton.language as tl
 
-from .formulas import kernel, mix, rule_value
+from .formulas import kernel, matrix, mix, rule_value
 
 LAST = tl.constexpr(0x7FFFFFFF)  # largest bit pattern of a magnitude; a NaN's
 CELL_BITS = tl.constexpr(11)  # of 31 in a magnitude: any interval is resolved in three counts
@@ -207,7 +207,8 @@ def select(search, entry_count):
 def write(
     p, mixers, cut, scale, base, out, size,
     H: tl.constexpr, q: tl.constexpr, Q: tl.constexpr, RULE: tl.constexpr,
-    BASE: tl.constexpr, OUT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    BASE: tl.constexpr, OUT: tl.constexpr, ALIGNED: tl.constexpr,
+    BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """out = W0 + scale * sparse update, rounded once; `base` and `out` hold addresses, [G]."""
     g = tl.program_id(1).to(tl.int64)
@@ -219,6 +220,6 @@ def write(
     w = mix(kernel(p, g, o, i, size, H, q, Q), mixers, g, i, size)
     result = rule_value(w, cut, g, RULE) * tl.load(scale + g)
     if base is not None:
-        W0 = tl.load(base + g).to(tl.pointer_type(BASE))
-        result += tl.load(W0 + at, mask=real, other=0.0).to(tl.float32)
-    tl.store(tl.load(out + g).to(tl.pointer_type(OUT)) + at, result.to(OUT), mask=real)
+        W0 = matrix(base, g, BASE, ALIGNED) + at
+        result += tl.load(W0, mask=real, other=0.0).to(tl.float32)
+    tl.store(matrix(out, g, OUT, ALIGNED) + at, result.to(OUT), mask=real)

@@ -22,6 +22,7 @@ from .formulas import (
     entries,
     kernel,
     log_probability,
+    matrix,
     mix,
     rows,
     rule_gradient,
@@ -30,12 +31,13 @@ from .formulas import (
 
 @triton.jit
 def update_gradient(
-    K, mixers, cut, scale, dW, g, o, i, size, RULE: tl.constexpr, GRAD: tl.constexpr
-):
+    K, mixers, cut, scale, dW, g, o, i, size,
+    RULE: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
     """Gradient of w: scale dW rule'(w); zero outside of the matrix."""
     at = o.to(tl.int64)[:, None] * size.I + i[None, :]
     real = (o < size.O)[:, None] & (i < size.I)[None, :]
-    given = tl.load(tl.load(dW + g).to(tl.pointer_type(GRAD)) + at, mask=real, other=0.0)
+    given = tl.load(matrix(dW, g, GRAD, ALIGNED) + at, mask=real, other=0.0)
     factor = rule_gradient(mix(K, mixers, g, i, size), cut, g, RULE)
     return tl.where(real, given.to(tl.float32) * tl.load(scale + g) * factor, 0.0)
 
@@ -57,7 +59,7 @@ def kernel_gradient(grad_w, K, mixers, row_gradient, g, o, i, size):
 def row_sums(
     p, mixers, cut, scale, dW, sums, size, span,
     H: tl.constexpr, q: tl.constexpr, Q: tl.constexpr, RULE: tl.constexpr,
-    GRAD: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    GRAD: tl.constexpr, ALIGNED: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """Sums over o of each row, [parts, 4, G, I]: g P, g, g P log(O P) and P log(O P).
 
@@ -74,7 +76,7 @@ def row_sums(
     for start in range(first, tl.minimum(first + span, size.O), BO):
         o = start + tl.arange(0, BO)
         K = kernel(p, g, o, i, size, H, q, Q)
-        grad = update_gradient(K, mixers, cut, scale, dW, g, o, i, size, RULE, GRAD)
+        grad = update_gradient(K, mixers, cut, scale, dW, g, o, i, size, RULE, GRAD, ALIGNED)
         logarithm = log_probability(K, mixers, g, i, size)
         share = tl.where((o < size.O)[:, None], tl.exp(logarithm), 0.0)
         logarithm += tl.log(size.O * 1.0)
@@ -116,7 +118,7 @@ def quotient(grad, p, head, o, i, size, q: tl.constexpr, Q: tl.constexpr):
 def input_points(
     p, mixers, cut, scale, dW, row_gradient, dA, size, span,
     H: tl.constexpr, q: tl.constexpr, Q: tl.constexpr, RULE: tl.constexpr,
-    GRAD: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    GRAD: tl.constexpr, ALIGNED: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """dA [parts, G, H, I, q]: a program owns BI inputs and goes over outputs."""
     g = tl.program_id(1).to(tl.int64)
@@ -128,7 +130,7 @@ def input_points(
     for start in range(first, tl.minimum(first + span, size.O), BO):
         o = start + tl.arange(0, BO)
         K = kernel(p, g, o, i, size, H, q, Q)
-        grad = update_gradient(K, mixers, cut, scale, dW, g, o, i, size, RULE, GRAD)
+        grad = update_gradient(K, mixers, cut, scale, dW, g, o, i, size, RULE, GRAD, ALIGNED)
         grad = kernel_gradient(grad, K, mixers, row_gradient, g, o, i, size)
         more = ()
         for h in tl.static_range(H):
@@ -146,7 +148,7 @@ def input_points(
 def output_points(
     p, mixers, cut, scale, dW, row_gradient, dB, size, span,
     H: tl.constexpr, q: tl.constexpr, Q: tl.constexpr, RULE: tl.constexpr,
-    GRAD: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    GRAD: tl.constexpr, ALIGNED: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """dB [parts, G, H, O, q]: a program owns BO outputs and goes over inputs."""
     g = tl.program_id(1).to(tl.int64)
@@ -158,7 +160,7 @@ def output_points(
     for start in range(first, tl.minimum(first + span, size.I), BI):
         i = start + tl.arange(0, BI)
         K = kernel(p, g, o, i, size, H, q, Q)
-        grad = update_gradient(K, mixers, cut, scale, dW, g, o, i, size, RULE, GRAD)
+        grad = update_gradient(K, mixers, cut, scale, dW, g, o, i, size, RULE, GRAD, ALIGNED)
         grad = kernel_gradient(grad, K, mixers, row_gradient, g, o, i, size)
         more = ()
         for h in tl.static_range(H):

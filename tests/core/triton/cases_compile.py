@@ -46,10 +46,12 @@ def compiled(monkeypatch, tmp_path):
     return found
 
 
-def compile_all(H: int, q: int, kernel: str, rule: str, dtype: torch.dtype) -> None:
-    group = layers(2, H, 300, 500, q, kernel).group()
+def compile_all(
+    H: int, q: int, kernel: str, rule: str, dtype: torch.dtype, I: int = 300, O: int = 500
+) -> None:
+    group = layers(2, H, I, O, q, kernel).group()
     cut = ops.thresholds(group, levels_of(0.9, 0.9))
-    W = list(torch.zeros(2, 500, 300, dtype=dtype))
+    W = list(torch.zeros(2, O, I, dtype=dtype))
     ops.write(group, None if rule == "none" else cut, 1.0, W, W, rule)
     ops.backward(group, None if rule == "none" else cut, 1.0, W, rule)
 
@@ -101,9 +103,12 @@ def stack(code, folder: Path) -> int:
 
 
 @pytest.mark.full
-def test_the_usual_width_stays_in_registers(compiled, tmp_path):
+def test_the_usual_width_stays_in_registers_and_moves_wide_pieces(compiled, tmp_path):
     """Tiles that spill to memory would cost what fusing saves."""
     assert launch.blocks(2, 16)["BO"] == 64
-    compile_all(2, 16, "mixed", "squared", torch.bfloat16)
+    compile_all(2, 16, "mixed", "squared", torch.bfloat16, 512, 512)
     used = {name: stack(code, tmp_path) for name, codes in compiled.items() for code in codes}
     assert max(used.values()) <= 32, used
+    (written,) = compiled["write"]
+    assert "st.global.v4.b32" in written.asm["ptx"]
+    assert "st.global.b16" not in written.asm["ptx"]
