@@ -14,8 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from snell_diffusion.adapters.schema import Layer
-from snell_diffusion.adapters.state import layer_tensors, live_value, method_name
+from snell_diffusion.adapters.state import layer_tensors, live_value
 from snell_diffusion.tuners import DeltaLayer, delta_layers
+from snell_diffusion.tuners.base import Places
 from snell_diffusion.tuners.qkv_guard import release
 from snell_diffusion.tuners.traverse import unwrapped
 from snell_diffusion.tuners.weights import device_of, is_linear_like
@@ -29,31 +30,19 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """
     found: dict[str, nn.Module] = {}
     seen: set[nn.Module] = set()
-
-    def walk(module: nn.Module, path: str) -> None:
+    todo = [("", unwrapped(model))]
+    while todo:
+        path, module = todo.pop()
         found.setdefault(path, module)
         if module in seen:
-            return
+            continue
         seen.add(module)
         if isinstance(module, BaseTunerLayer):
-            walk(module.base_layer, path)
-            return
-        for name, child in module.named_children():
-            walk(child, f"{path}.{name}" if path else name)
-
-    walk(unwrapped(model), "")
+            todo.append((path, module.base_layer))
+            continue
+        children = [(f"{path}.{name}" if path else name, m) for name, m in module.named_children()]
+        todo += reversed(children)
     return found
-
-
-@contextmanager
-def same_trainability(model: nn.Module) -> Iterator[None]:
-    """Restore `requires_grad` of every parameter that is there on entry; PEFT freezes the base."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 @contextmanager
@@ -75,19 +64,14 @@ def uncollected() -> Iterator[None]:
 def inject(model: nn.Module, config: Any, paths: Iterable[str], adapter_name: str) -> None:
     """Wrap exactly the modules at `paths`; matches no pattern, consumes no random state."""
     target = unwrapped(model)
-    # PEFT reads module paths off these names and uses nothing else of them.
-    names = {f"{path}.{method_name(config)}_A": torch.empty(0) for path in paths}
     with (
-        same_trainability(target),
         torch.random.fork_rng(devices=[]),
         warnings.catch_warnings(),
     ):
-        # A second adapter on one model is what we want, and literal paths that end alike are no
-        # inconsistency.
+        # A second adapter on one model is what we want.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        warnings.filterwarnings("ignore", message="While injecting the PEFT adapters")
         inject_adapter_in_model(
-            copy.deepcopy(config), target, adapter_name=adapter_name, state_dict=names
+            copy.deepcopy(config), target, adapter_name=adapter_name, state_dict=Places(paths)
         )
     if hasattr(type(target), "_hf_peft_config_loaded"):
         target._hf_peft_config_loaded = True  # type: ignore[assignment]

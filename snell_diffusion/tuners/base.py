@@ -3,13 +3,13 @@
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from torch import nn
+from torch import Tensor, nn
 
 from snell_diffusion.errors import SnellaConfigError, shown
 from snell_diffusion.tuners.bypass import BYPASSED, is_bypassed
@@ -19,7 +19,7 @@ from snell_diffusion.tuners.registry import MethodName
 from snell_diffusion.tuners.traverse import delta_layers
 from snell_diffusion.tuners.weights import TOLERATED_LOSS, is_linear_like
 
-__all__ = ["DEFAULT_TARGETS", "DeltaConfig", "DeltaLayer", "DeltaModel"]
+__all__ = ["DEFAULT_TARGETS", "DeltaConfig", "DeltaLayer", "DeltaModel", "Places"]
 
 DEFAULT_TARGETS = (
     # diffusers attention: UNets, SD 3, FLUX and most others
@@ -96,6 +96,14 @@ class DeltaConfig(PeftConfig):
             )
 
 
+class Places(dict[str, Tensor]):
+    """Literal module paths in place of a state dict: layers go there and nowhere else."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        super().__init__()
+        self.paths = tuple(paths)
+
+
 class DeltaModel(BaseTuner):
     """Puts a method's layers into a model; all of PEFT's verbs work on the result.
 
@@ -120,6 +128,33 @@ class DeltaModel(BaseTuner):
             _maybe_include_all_linear_layers(peft_config, model)
             names = {*peft_config.target_modules, *wrapped}
             peft_config.target_modules = sorted(names - _bypassed(model, names))
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """As PEFT's; with `Places` straight to the modules, and nothing else of the model changes.
+
+        PEFT looks at every module of a model for each that is wrapped already, which takes seconds
+        for a second adapter on a large one.
+        """
+        if not isinstance(state_dict, Places):
+            super().inject_adapter(
+                *(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            )
+            return
+        config = self.peft_config[adapter_name]
+        for path in state_dict.paths:
+            owner, _, name = path.rpartition(".")
+            parent = model.get_submodule(owner)
+            self._create_and_replace(
+                config, adapter_name, getattr(parent, name), name, parent, current_key=path
+            )
+        self.targeted_module_names = list(state_dict.paths)
 
     def _create_and_replace(
         self,
