@@ -46,6 +46,7 @@ def layers(entries: Mapping[str, Entry], path: Path) -> None:
         )
     axes.set_xscale("log")
     axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_ylim(-1, len(names))
     axes.set_xlabel("time of forward and backward pass, multiples of LoRA r=16")
     axes.grid(axis="x", which="both", color="0.92")
     figure.legend(loc="outside upper center", frameon=False, fontsize=8, ncols=6)
