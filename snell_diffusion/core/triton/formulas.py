@@ -51,6 +51,13 @@ class Cut(NamedTuple):
     is_zero: Any
 
 
+class Matrices(NamedTuple):
+    """Where each layer's matrix begins, addresses [G], and from one row to the next, in entries."""
+
+    addresses: Any
+    pitch: Any
+
+
 class Size(NamedTuple):
     """Inputs, outputs."""
 
@@ -78,12 +85,12 @@ def entries(values, row, n, N):
 
 
 @triton.jit
-def matrix(addresses, g, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointer to layer g's matrix; at a multiple of 16 bytes it can be read in wide pieces."""
-    start = tl.load(addresses + g).to(tl.pointer_type(DTYPE))
+def tile_of(matrices, g, o, i, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointers into layer g's matrix; from a multiple of 16 bytes on it is read in wide pieces."""
+    start = tl.load(matrices.addresses + g).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         start = tl.multiple_of(start, 16)
-    return start
+    return start + o.to(tl.int64)[:, None] * matrices.pitch + i[None, :]
 
 
 @triton.jit
@@ -119,7 +126,7 @@ def kernel(p, g, o, i, size, H: tl.constexpr, q: tl.constexpr, Q: tl.constexpr):
 def log_probability(K, mixers, g, i, size):
     """log softmax_o(K / gamma); not above 0, also by rounding and outside of the matrix."""
     z = K / tl.load(mixers.gamma + g) - entries(mixers.lse, g, i, size.I)[None, :]
-    return tl.minimum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(z, 0.0)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..kernels import positive_gamma
 from ..sparsify import RULES
 from . import passes, passes_back
-from .formulas import Cut, Mixers, Points, Size
+from .formulas import Cut, Matrices, Mixers, Points, Size
 from .launch import DTYPES, addresses, aligned, blocks, launch, padded, spread
 from .selection import thresholds
 
@@ -163,17 +163,17 @@ def write(
         cut: Thresholds [G] and flags of matrices that are zero everywhere [G], float32, see
             `thresholds`; None with rule 'none'.
         scale: Factor of the update, or one for each layer, [G].
-        weights: W0 of each layer, [O, I] float32, bfloat16 or float16, contiguous. None: the
-            scaled update alone.
-        out: Where to write, as weights. May be the same tensors.
+        weights: W0 of each layer, [O, I] float32, bfloat16 or float16; rows contiguous, strides
+            the same in all. None: the scaled update alone.
+        out: Where to write, described as weights. May be the same tensors.
         rule: One of `sparsify.RULES`.
 
     Raises:
         ValueError: a tensor is not as described, or the rule is unknown.
         LaunchError: a kernel cannot be compiled or started.
     """
-    base = _table(group, "weights", weights) if weights else None
-    target = _table(group, "out", out)
+    base = _matrices(group, "weights", weights) if weights else None
+    target = _matrices(group, "out", out)
     config = group.blocks
     tiles = triton.cdiv(group.size.I, config["BI"]) * triton.cdiv(group.size.O, config["BO"])
     launch(
@@ -204,13 +204,13 @@ def backward(
 
     Args:
         group, cut, scale, rule: As in `write`.
-        dW: Gradient of each layer's weight, [O, I] float32, bfloat16 or float16, contiguous.
+        dW: Gradient of each layer's weight, [O, I], described as the weights of `write`.
 
     Raises:
         ValueError: a tensor is not as described, or the rule is unknown.
         LaunchError: a kernel cannot be compiled or started.
     """
-    given = _table(group, "dW", dW)
+    given = _matrices(group, "dW", dW)
     limits, scales = _cut(group, cut, rule), _scales(group, scale)
 
     def run(kernel: Any, axis: str, shape: tuple[int, ...], *extra: Tensor | None) -> Tensor:
@@ -295,20 +295,20 @@ def _cut(group: Group, cut: tuple[Tensor, Tensor] | None, rule: str) -> Cut | No
     return Cut(_per_layer("threshold", t, group.G), _per_layer("is_zero", is_zero, group.G))
 
 
-def _table(group: Group, name: str, tensors: Sequence[Tensor]) -> Tensor:
-    """Addresses of one matrix a layer, [G] int64, all of them checked."""
-    wanted = (group.size.O, group.size.I)
+def _matrices(group: Group, name: str, tensors: Sequence[Tensor]) -> Matrices:
+    """One matrix a layer, all of them checked."""
+    wanted, first = (group.size.O, group.size.I), tensors[0]
     if len(tensors) != group.G:
         raise ValueError(f"{name} must hold {group.G} matrices, one a layer, got {len(tensors)}")
     for t in tensors:
-        fits = t.shape == wanted and t.is_contiguous() and t.device == group.device
-        if not fits or t.dtype not in DTYPES or t.dtype != tensors[0].dtype:
+        rows = t.shape == wanted and t.stride(1) == 1 and t.stride() == first.stride()
+        if not rows or t.device != group.device or t.dtype not in DTYPES or t.dtype != first.dtype:
             raise ValueError(
-                f"{name} must be contiguous {list(wanted)} matrices of one 16 or 32 bit float "
-                f"dtype on {group.device}, got {list(t.shape)} with strides {list(t.stride())}, "
-                f"{t.dtype}, {t.device}"
+                f"{name} must be {list(wanted)} matrices with contiguous rows, of one 16 or 32 bit "
+                f"float dtype and one layout, on {group.device}, got {list(t.shape)} with strides "
+                f"{list(t.stride())}, {t.dtype}, {t.device}"
             )
-    return addresses(tensors)
+    return Matrices(addresses(tensors), first.stride(0))
 
 
 def _check_factors(A: Tensor, B: Tensor, signs: Tensor) -> None:

@@ -9,7 +9,7 @@ and the result.
 import triton
 import triton.language as tl
 
-from .formulas import kernel, matrix, mix, rule_value
+from .formulas import kernel, mix, rule_value, tile_of
 
 LAST = tl.constexpr(0x7FFFFFFF)  # largest bit pattern of a magnitude; a NaN's
 CELL_BITS = tl.constexpr(11)  # of 31 in a magnitude: any interval is resolved in three counts
@@ -210,16 +210,15 @@ def write(
     BASE: tl.constexpr, OUT: tl.constexpr, ALIGNED: tl.constexpr,
     BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """out = W0 + scale * sparse update, rounded once; `base` and `out` hold addresses, [G]."""
+    """out = W0 + scale * sparse update, rounded once; `base` are the W0, or None."""
     g = tl.program_id(1).to(tl.int64)
     across = tl.cdiv(size.I, BI)
     i = (tl.program_id(0) % across) * BI + tl.arange(0, BI)
     o = (tl.program_id(0) // across) * BO + tl.arange(0, BO)
-    at = o.to(tl.int64)[:, None] * size.I + i[None, :]
     real = (o < size.O)[:, None] & (i < size.I)[None, :]
     w = mix(kernel(p, g, o, i, size, H, q, Q), mixers, g, i, size)
     result = rule_value(w, cut, g, RULE) * tl.load(scale + g)
     if base is not None:
-        W0 = matrix(base, g, BASE, ALIGNED) + at
+        W0 = tile_of(base, g, o, i, BASE, ALIGNED)
         result += tl.load(W0, mask=real, other=0.0).to(tl.float32)
-    tl.store(matrix(out, g, OUT, ALIGNED) + at, result.to(OUT), mask=real)
+    tl.store(tile_of(out, g, o, i, OUT, ALIGNED), result.to(OUT), mask=real)

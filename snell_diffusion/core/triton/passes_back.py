@@ -22,10 +22,10 @@ from .formulas import (
     entries,
     kernel,
     log_probability,
-    matrix,
     mix,
     rows,
     rule_gradient,
+    tile_of,
 )
 
 
@@ -35,9 +35,8 @@ def update_gradient(
     RULE: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Gradient of w: scale dW rule'(w); zero outside of the matrix."""
-    at = o.to(tl.int64)[:, None] * size.I + i[None, :]
     real = (o < size.O)[:, None] & (i < size.I)[None, :]
-    given = tl.load(matrix(dW, g, GRAD, ALIGNED) + at, mask=real, other=0.0)
+    given = tl.load(tile_of(dW, g, o, i, GRAD, ALIGNED), mask=real, other=0.0)
     factor = rule_gradient(mix(K, mixers, g, i, size), cut, g, RULE)
     return tl.where(real, given.to(tl.float32) * tl.load(scale + g) * factor, 0.0)
 

@@ -77,10 +77,10 @@ def test_row_statistics_may_be_given():
 @pytest.mark.parametrize("q", [4, 16])
 def test_coincident_points_are_at_distance_zero(q):
     given = layers(1, 1, 37, 53, q, "distance")
-    given.A[0, 0, 3] = given.B[0, 0, 7]
+    given.A[0, 0] = given.B[0, 0, :37]
     w = values(given.group())[0]
-    assert w[7, 3] == 0
-    assert int((w == 0).sum()) == 1
+    assert not w.diagonal().any()
+    assert int((w == 0).sum()) == 37
 
 
 def test_equal_heads_of_opposite_sign_cancel_exactly():
@@ -258,6 +258,24 @@ def test_merged_weights_are_the_sum_rounded_once(rule, kernel):
         assert torch.equal(W0, kept)
 
 
+def test_matrices_may_be_columns_of_wider_ones():
+    group = layers(1, 2, 37, 53, 16, "mixed").group()
+    cut = cut_at(group, 0.7, "squared")
+    W0 = torch.randn(53, 90, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    out, want = torch.zeros_like(W0), torch.empty(53, 37, device=DEVICE)
+    ops.write(group, cut, 1.0, [W0[:, 8:45]], [out[:, 40:77]])
+    ops.write(group, cut, 1.0, [W0[:, 8:45].contiguous()], [want])
+    assert torch.equal(out[:, 40:77], want)
+    assert not out[:, :40].any()
+    assert not out[:, 77:].any()
+    for a, b in zip(
+        ops.backward(group, cut, 1.0, [W0[:, 8:45]]),
+        ops.backward(group, cut, 1.0, [W0[:, 8:45].contiguous()]),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
 def test_the_update_alone_may_be_written_in_16_bit():
     group = layers(1, 2, 37, 53, 16, "mixed").group()
     cut = cut_at(group, 0.7, "squared")
@@ -386,11 +404,14 @@ def test_arguments_that_do_not_fit_are_named():
         r"levels must be 2 float64 numbers, one a layer, got \[2\] torch.float32": (
             lambda: ops.thresholds(group, torch.ones(2, device=DEVICE))
         ),
-        r"weights must be contiguous \[30, 20\].*got \[20, 30\]": lambda: ops.write(
-            group, cut, 1, [w.reshape(20, 30) for w in good], good
+        r"weights must be \[30, 20\] matrices with contiguous rows.*got \[20, 30\]": lambda: (
+            ops.write(group, cut, 1, [w.reshape(20, 30) for w in good], good)
         ),
         r"weights must be .* with strides \[1, 30\]": lambda: ops.write(
             group, cut, 1, [w.reshape(20, 30).T for w in good], good
+        ),
+        "out must be .* one layout, .*got .* with strides .40, 1.": lambda: ops.write(
+            group, cut, 1, None, [good[0], torch.zeros(30, 40, device=DEVICE)[:, :20]]
         ),
         r"dW must be .* of one 16 or 32 bit float dtype .*torch.float64": lambda: ops.backward(
             group, cut, 1, [w.double() for w in good]
