@@ -3,6 +3,7 @@
 from .allocator import METRICS, Allocator
 from .apportion import apportion
 from .blocks import BlockUpdate, DeltaFn, ScaledSum, WholeUpdate, fold
+from .grouped import Member, grouped_weights
 from .kernel_update import KernelUpdate
 from .kernels import GAMMA_MIN, distance_kernel, linear_kernel, mix, positive_gamma
 from .merge import merged_linear
@@ -30,12 +31,14 @@ __all__ = [
     "FirstThreshold",
     "Geometry",
     "KernelUpdate",
+    "Member",
     "ScaledSum",
     "WholeUpdate",
     "apportion",
     "dense",
     "distance_kernel",
     "fold",
+    "grouped_weights",
     "kept_count",
     "linear_kernel",
     "merged_conv2d",

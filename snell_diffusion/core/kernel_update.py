@@ -87,6 +87,11 @@ class KernelUpdate(BlockUpdate):
         t = threshold(w, self.sparsity) if self.limit is None else self.limit
         return (t, *([all_zero(w)] if self._lives_at_zero else [])), w
 
+    def by_products(self, A: Tensor) -> bool:
+        """Whether blocks come from matrix products, `euclidean.EuclideanBlocks`."""
+        euclidean = self.kernel != "linear" and self.p == 2 and A.dtype != torch.float64
+        return euclidean and A.shape[-1] >= PRODUCT_MIN_COLUMNS
+
     def whole(self, params: Sequence[Tensor]) -> Tensor:
         """w [O, I] before the sparsify rule, without gradients."""
         scratch = Scratch(pooled=False)
@@ -129,9 +134,7 @@ class KernelUpdate(BlockUpdate):
         scratch: Scratch,
         kept: Tensor | None,
     ) -> "_Walk":
-        A = params[0]
-        by_products = self.kernel != "linear" and self.p == 2 and A.dtype != torch.float64
-        kind = _ProductWalk if by_products and A.shape[-1] >= PRODUCT_MIN_COLUMNS else _PlainWalk
+        kind = _ProductWalk if self.by_products(params[0]) else _PlainWalk
         return kind(self, [full(p.detach()) for p in params], statistics, wanted, scratch, kept)
 
     def __call__(self, *params: Tensor) -> Tensor:

@@ -180,7 +180,7 @@ def weigh(w: Tensor, t: Tensor, rule: str, live: Tensor | None = None) -> tuple[
 
     Args:
         w: Entries, float32 or float64, without gradients.
-        t: Threshold of the whole matrix, 0-d.
+        t: Threshold of the whole matrix, 0-d; or one for each matrix of a stack, [G, 1, 1].
         rule: One of RULES.
         live: For rules in LIVE_AT_ZERO but `none`, `all_zero` of the whole matrix.
     """
@@ -228,7 +228,7 @@ def _alive(w: Tensor, t: Tensor, live: Tensor | None) -> Tensor:
 
 def _kept(w: Tensor, t: Tensor) -> Tensor:
     """w where |w| > t, else 0; NaN stays."""
-    if at_hand(w) and at_hand(t):
+    if at_hand(w) and at_hand(t) and t.numel() == 1:
         return F.hardshrink(w, float(t))  # one pass
     return _above(w, t).mul_(w)
 

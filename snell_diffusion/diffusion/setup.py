@@ -30,6 +30,7 @@ from snell_diffusion.training.adapter_tensors import (
 from snell_diffusion.training.parallel import Parallel
 from snell_diffusion.training.randomness import seed_torch
 from snell_diffusion.tuners import SnellaConfig
+from snell_diffusion.tuners.grouping import group_small_layers
 from snell_diffusion.tuners.tokens import TokenLayer, Word, spelled
 
 ADAPTER = "default"
@@ -258,6 +259,8 @@ def build_model(
         model.train()
         if config.gradient_checkpointing:
             checkpoint_activations(model)
+        if not config.torch_compile:  # compiled code computes each layer's own
+            group_small_layers(model)
     compile_denoiser(
         components[family.denoiser], config.torch_compile, config.torch_compile_backend
     )

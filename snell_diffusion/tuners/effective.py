@@ -31,7 +31,7 @@ from snell_diffusion.tuners.weights import (
 if TYPE_CHECKING:
     from snell_diffusion.tuners.layer import DeltaLayer
 
-__all__ = ["SPARED", "Effective", "effective_weight", "leaves_room"]
+__all__ = ["SPARED", "Effective", "ReadyWeight", "effective_weight", "leaves_room"]
 
 SPARED = 1 / 8
 """Share of a device's memory that kept weights leave free with `cache_in_eval = "auto"`."""
@@ -122,6 +122,26 @@ class Effective:
         now = contents_of(self.sources)
         same = len(now) == len(self.contents)
         return same and torch.equal(torch.stack(self.contents), torch.stack(now))
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyWeight:
+    """W0 + ΔW (O, I) in training, made for one forward pass and differentiable, and the scales that
+    are in it."""
+
+    weight: Tensor
+    scaling: dict[str, float]
+
+    def serves(self, layer: "DeltaLayer", x: Tensor) -> bool:
+        """Whether this very call would compute it: a model may set scales while it runs, and what
+        is checkpointed runs again when nothing is ready."""
+        return (
+            x.dtype == self.weight.dtype
+            and self.scaling == layer.scaling
+            and torch.is_grad_enabled()
+            and lowered_to(x.device.type) is None
+            and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        )
 
 
 def settings_of(layer: "DeltaLayer", x: Tensor) -> tuple[Any, ...]:

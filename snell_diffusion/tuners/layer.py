@@ -21,7 +21,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from snell_diffusion.core import BlockUpdate, DeltaFn, ScaledSum, WholeUpdate, fold, merged_linear
-from snell_diffusion.tuners.effective import Effective, Multiply, effective_weight, may_keep
+from snell_diffusion.tuners.effective import (
+    Effective,
+    Multiply,
+    ReadyWeight,
+    effective_weight,
+    may_keep,
+)
 from snell_diffusion.tuners.offload import compute_device, onloaded
 from snell_diffusion.tuners.scale import CallScale
 from snell_diffusion.tuners.weights import (
@@ -111,6 +117,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self._call_scale = CallScale()
         self._merged: Merged | None = None
         self._kept: Effective | None = None
+        self.ready: ReadyWeight | None = None
         self._active_adapter = adapter_name
         self.add_containers()
         self.update_layer(adapter_name, config, key)
@@ -337,7 +344,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": None, "ready": None}
 
     # Forward
 
@@ -351,16 +358,18 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             if kept.holds(self, x):
                 return kept(x)
             self.clear_cache()
-        if self.merged_adapters:
-            base: Any = self._modules["base_layer"]
-            if type(base).forward is self.stock.forward and untouched(base):
-                return self.operation()(x, base.weight, base.bias)
+        base: Any = self._modules["base_layer"]
+        if self.ready is not None and self.ready.serves(self, x):
+            return self.operation()(x, self.ready.weight, base.bias)
+        stock = self.merged_adapters and type(base).forward is self.stock.forward
+        if stock and untouched(base):
+            return self.operation()(x, base.weight, base.bias)
         return self._forward(x)
 
     def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        adapters = tuple(name for name in self._applicable() if self.scaling[name] != 0)
+        adapters = self.acting()
         if self.disable_adapters or self.merged or not adapters:
             return self.base_layer(x, *args, **kwargs)
         with self._onloaded():
@@ -369,12 +378,24 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 if made.kept and not (args or kwargs):
                     self._kept = made
                 return made(x, *args, **kwargs)
-            if self.training and any(self.configs[name].dropout > 0 for name in adapters):
+            if self.training and self._drops(adapters):
                 return self._forward_dropout(x, adapters, *args, **kwargs)
             if args or kwargs or not self.is_plain():
                 return self.base_layer(x, *args, **kwargs) + self._product(x, adapters)
             linear = self.get_base_layer()
-            return self._product(x, adapters, linear.weight, linear.bias, self._folds(x))
+            return self._product(x, adapters, linear.weight, linear.bias, self._folds(x.device))
+
+    def acting(self) -> tuple[str, ...]:
+        """The active adapters that are here and whose scale is not zero."""
+        return tuple(name for name in self._applicable() if self.scaling[name] != 0)
+
+    def _drops(self, adapters: Sequence[str]) -> bool:
+        return any(self.configs[name].dropout > 0 for name in adapters)
+
+    def trains_folded(self) -> bool:
+        """Whether training is one product with W0 + ΔW and nothing else."""
+        idle = self.disable_adapters or self.merged or self._drops(self.acting())
+        return not idle and self.is_plain() and self._folds(self.get_base_layer().weight.device)
 
     def _in_inference(self, adapters: tuple[str, ...]) -> bool:
         """Whether nothing but the input can be differentiated."""
@@ -410,8 +431,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         update, params = self._combined(adapters)
         return self.multiply_trained(x, weight, bias, update, params, folds)
 
-    def _folds(self, x: Tensor) -> bool:
-        halves = self.base_layer.weight.dtype in HALVES or lowered_to(x.device.type) is not None
+    def _folds(self, device: torch.device) -> bool:
+        halves = self.base_layer.weight.dtype in HALVES or lowered_to(device.type) is not None
         return self.fold_16bit is True or not halves
 
     def _onloaded(self) -> AbstractContextManager[None]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from snell_diffusion.core import (
     Allocator,
+    KernelUpdate,
     dense,
     distance_kernel,
     merged_linear,
@@ -18,6 +19,7 @@ from snell_diffusion.core import (
     threshold,
     update,
 )
+from snell_diffusion.core import blocks as blocks_module
 from tests.golden.cases import Case, cases
 
 SETTINGS: dict[str, dict[str, str]] = {
@@ -36,10 +38,22 @@ def parameters(tensors: dict[str, Tensor], method: str, prefix: str = "", suffix
     return {n: tensors[f"{prefix}{n}{suffix}"].clone().requires_grad_() for n in names}
 
 
+BLOCKS = pytest.mark.parametrize("blocks", [False, True], ids=["plain", "blocks"])
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks even for the small matrices of the golden files."""
+    monkeypatch.setattr(blocks_module, "ALIGNMENT", 1)
+    monkeypatch.setitem(blocks_module.BLOCK_ENTRIES, "cpu", 64)
+
+
 def delta_fn(
-    method: str, names: list[str], signs: Tensor, sparsity: float, p: float = 2.0
+    method: str, names: list[str], signs: Tensor, sparsity: float, p: float = 2.0, *, blocks: bool
 ) -> Callable[..., Tensor]:
-    """Params -> Delta [O, I] for merged_linear."""
+    """Params -> Delta [O, I] for merged_linear: the plain formula, or what trains in blocks."""
+    if blocks:
+        return KernelUpdate(signs, sparsity, p=p, **SETTINGS[method])
 
     def delta(*params: Tensor) -> Tensor:
         named = dict(zip(names, params, strict=True))
@@ -48,9 +62,10 @@ def delta_fn(
     return delta
 
 
+@BLOCKS
 @PRECISIONS
 @pytest.mark.parametrize("case", cases("layer"), ids=str)
-def test_layer(case: Case, precision: str) -> None:
+def test_layer(case: Case, precision: str, blocks: bool) -> None:
     t, config = case.tensors(precision), case.config
     check: dict[str, Tensor] = {}
     p, sparsity = config["p"], config["sparsity"] or 0.0
@@ -66,7 +81,7 @@ def test_layer(case: Case, precision: str) -> None:
         check["delta"] = sparsify(w, sparsity)
         assert int(check["delta"].count_nonzero()) == config[f"nonzero_{precision}"]
     x = t["x"].clone().requires_grad_()
-    fn = delta_fn(case.method, list(params), t["coeff"], sparsity, p)
+    fn = delta_fn(case.method, list(params), t["coeff"], sparsity, p, blocks=blocks)
     weight = torch.zeros(config["out_features"], config["in_features"], dtype=x.dtype)
     check["y"] = merged_linear(x, weight, None, fn, list(params.values()))
     check["y"].backward(t["gy"])
@@ -160,9 +175,10 @@ def test_allocator_trajectory(case: Case) -> None:
                 torch.testing.assert_close(got, want, rtol=rtol, atol=0)
 
 
+@BLOCKS
 @PRECISIONS
 @pytest.mark.parametrize("case", cases("trace"), ids=str)
-def test_training_trace(case: Case, precision: str) -> None:
+def test_training_trace(case: Case, precision: str, blocks: bool) -> None:
     t, config = case.tensors(precision), case.config
     layers = {i: parameters(t, case.method, "init.", str(i)) for i in (1, 2)}
     levels = dict.fromkeys(layers, config["sparsity"] or 0.0)
@@ -186,7 +202,7 @@ def test_training_trace(case: Case, precision: str) -> None:
     )
 
     def linear(i: int, x: Tensor) -> Tensor:
-        fn = delta_fn(case.method, list(layers[i]), t["coeff"], levels[i])
+        fn = delta_fn(case.method, list(layers[i]), t["coeff"], levels[i], blocks=blocks)
         return merged_linear(x, t[f"W{i}"], t[f"b{i}"], fn, list(layers[i].values()))
 
     for step in range(config["steps"]):
@@ -228,15 +244,18 @@ def follow(
     return {i: new[str(i)] for i in levels}
 
 
+@BLOCKS
 @pytest.mark.parametrize("case", cases("vit_block"), ids=str)
-def test_vit_block(case: Case) -> None:
+def test_vit_block(case: Case, blocks: bool) -> None:
     t, config = case.tensors("f64"), case.config
     linears = ("q", "k", "v", "proj", "fc1", "fc2")
     params = {n: parameters(t, case.method, f"{n}.") for n in linears}
     x = t["x"].clone().requires_grad_()
 
     def linear(name: str, h: Tensor) -> Tensor:
-        fn = delta_fn(case.method, list(params[name]), t["coeff"], config["sparsity"])
+        fn = delta_fn(
+            case.method, list(params[name]), t["coeff"], config["sparsity"], blocks=blocks
+        )
         weight, bias = t[f"base.{name}.weight"], t[f"base.{name}.bias"]
         return merged_linear(h, weight, bias, fn, list(params[name].values()))
 

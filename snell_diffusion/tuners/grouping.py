@@ -1,0 +1,106 @@
+"""Small layers in training: their updates are computed together when a forward pass begins.
+
+A hook on the model makes W0 + s ΔW of all small SNELLA layers, stack by stack of one shape, and
+each layer multiplies by what is ready. It is cleared when the pass ends, so nothing outlives a
+change of parameters. Layers it cannot serve (16-bit or quantized bases, dropout, several adapters,
+activation checkpointing, compiled code) compute their own update, as they do without it. The memory
+is that of the weights served, twice while their gradients are gathered, at most 8 bytes x
+`TOTAL_ENTRIES`.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from snell_diffusion.core import Member, grouped_weights
+from snell_diffusion.tuners.effective import ReadyWeight
+from snell_diffusion.tuners.snella import SnellaLayer
+
+__all__ = ["group_small_layers"]
+
+LAYER_ENTRIES = 2**15  # above it arithmetic outweighs the calls
+STACK_ENTRIES = 2**18  # of one stack: its working memory stays near the cache
+TOTAL_ENTRIES = 2**22
+
+
+def group_small_layers(model: nn.Module) -> "Grouping":
+    """Compute the updates of a model's small SNELLA layers together from now on.
+
+    Args:
+        model: What is called in training; layers may be added or deleted later.
+
+    Returns:
+        Handle whose `remove` ends it.
+    """
+    return Grouping(model)
+
+
+class Grouping:
+    def __init__(self, model: nn.Module) -> None:
+        self._served: list[SnellaLayer] = []
+        self._hooks = (
+            model.register_forward_pre_hook(self._prepare),
+            model.register_forward_hook(self._clear, always_call=True),
+        )
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _prepare(self, model: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+            return
+        stacks: dict[Any, list[tuple[SnellaLayer, Member]]] = {}
+        room = TOTAL_ENTRIES
+        for layer in _small(model):
+            member = _member(layer)
+            if member is not None and room >= member.weight.numel():
+                room -= member.weight.numel()
+                stacks.setdefault(member.alike(), []).append((layer, member))
+        for stack in stacks.values():
+            size = max(1, STACK_ENTRIES // stack[0][1].weight.numel())
+            for start in range(0, len(stack), size):
+                self._serve(stack[start : start + size])
+
+    def _serve(self, stack: list[tuple[SnellaLayer, Member]]) -> None:
+        weights = grouped_weights([member for _, member in stack])
+        for (layer, _), weight in zip(stack, weights, strict=True):
+            layer.ready = ReadyWeight(weight, dict(layer.scaling))
+            self._served.append(layer)
+
+    def _clear(self, model: nn.Module, args: Any, result: Any) -> None:
+        for layer in self._served:
+            layer.ready = None
+        self._served.clear()
+
+
+def _small(model: nn.Module) -> Iterable[SnellaLayer]:
+    if any(vars(part).get("gradient_checkpointing") for part in model.modules()):
+        return []  # their layers run again in the backward pass, when nothing is ready
+    return [
+        part
+        for part in model.modules()
+        if isinstance(part, SnellaLayer)
+        and part.kind == "linear"
+        and part.in_features * part.out_features <= LAYER_ENTRIES
+    ]
+
+
+def _member(layer: SnellaLayer) -> Member | None:
+    """The layer's update if it can be computed with others."""
+    adapters = layer.acting()
+    if len(adapters) != 1 or not layer.training or not layer.trains_folded():
+        return None
+    (adapter,) = adapters
+    params, weight = layer.delta_params(adapter), layer.get_base_layer().weight
+    if any(tensor.dtype != torch.float32 for tensor in (weight, *params)):
+        return None
+    if not any(p.requires_grad for p in params) or weight.requires_grad:
+        return None
+    layer.on_training_forward(adapter)
+    update = layer.kernel_update(adapter)
+    if not update.by_products(params[0]):
+        return None
+    return Member(update, params, weight, layer.scaling[adapter])
