@@ -28,17 +28,14 @@ from snell_diffusion.tuners.effective import (
     effective_weight,
     may_keep,
 )
+from snell_diffusion.tuners.merging import Merged, merge, unmerge
 from snell_diffusion.tuners.offload import compute_device, onloaded
 from snell_diffusion.tuners.scale import CallScale
 from snell_diffusion.tuners.weights import (
     HALVES,
-    Merged,
-    fingerprint,
-    has_plain_weight,
     is_linear_like,
     is_plain,
     lowered_to,
-    realised_error,
     untouched,
 )
 
@@ -455,29 +452,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         adapters = [name for name in asked if name in self.configs]
         if not adapters:
             return
-        weight = self._writable_weight(adapters)
-        with torch.no_grad(), self._onloaded():
-            fn, params = self._combined(adapters)
-            delta = fn(*params)
-            merged = self.folded(weight, delta)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(
-                    f"merging adapter(s) {', '.join(adapters)} would write NaN or infinite values "
-                    "into the base weight, nothing was changed; the adapter's own values are "
-                    "broken: load an earlier one"
-                )
-            error = realised_error(weight, merged, delta.view_as(weight))
-            original = weight.detach().to("cpu", copy=True)
-            weight.copy_(merged)
-        before = self._merged
-        self._merged = Merged(
-            original=before.original if before else original,
-            written=fingerprint(weight),
-            scales={
-                **(before.scales if before else {}),
-                **{name: self.scaling[name] for name in adapters},
-            },
-        )
+        merged, error = merge(self, adapters, safe_merge)
+        self._merged = merged if self._merged is None else self._merged.then(merged)
         self.merge_error.update(dict.fromkeys(adapters, error))
         self.merged_adapters.extend(adapters)
 
@@ -491,34 +467,12 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         if self._merged is None:
             warnings.warn("nothing is merged into this layer, nothing to unmerge", stacklevel=2)
             return
-        weight, merged = self.get_base_layer().weight, self._merged
-        with torch.no_grad():
-            cast = weight.dtype != merged.original.dtype
-            if cast or torch.equal(fingerprint(weight), merged.written):
-                weight.copy_(merged.original)
-            else:
-                fn, params = self._combined(self.merged_adapters, merged.scales)
-                weight.copy_(self.folded(weight, -fn(*params)))
+        unmerge(self, self._merged)
         self._merged = None
         self.merged_adapters.clear()
         self.merge_error.clear()
         # diffusers fuses at a strength by scale_layer and never takes it back.
         self.unscale_layer()
-
-    def _writable_weight(self, adapters: list[str]) -> Tensor:
-        layer = self.get_base_layer()
-        if not has_plain_weight(layer):
-            weight = getattr(layer, "weight", None)
-            raise ValueError(
-                f"cannot merge adapter(s) {', '.join(adapters)} into {type(layer).__name__} with "
-                + (
-                    f"weights of type {type(weight).__name__} and dtype {weight.dtype}"
-                    if isinstance(weight, Tensor)
-                    else "no weight of floats"
-                )
-                + ": use the adapter unmerged, or load the base model unquantized"
-            )
-        return layer.weight
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True

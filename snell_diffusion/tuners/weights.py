@@ -3,8 +3,6 @@
 Weights and updates are (O, I) = (out features, in features).
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -12,7 +10,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 __all__ = [
     "HALVES",
     "TOLERATED_LOSS",
-    "Merged",
     "device_of",
     "fingerprint",
     "has_plain_weight",
@@ -38,15 +35,6 @@ def fingerprint(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     total = tensor.sum(dtype=torch.float64)
     return torch.stack([torch.hash_tensor(tensor).view(torch.int64), total.view(torch.int64)])
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What `unmerge` needs: the weight before, a fingerprint of it after, the scales merged."""
-
-    original: Tensor
-    written: Tensor
-    scales: dict[str, float]
 
 
 def realised_error(weight: Tensor, merged: Tensor, delta: Tensor) -> float:
