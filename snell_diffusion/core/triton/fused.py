@@ -10,8 +10,11 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
+
+MAX_HEADS, MAX_COLUMNS = 8, 64
 
 log = logging.getLogger(__name__)
 _failures: list[str] = []
@@ -73,3 +76,9 @@ def _loads() -> bool:
         failed(f"triton cannot be imported: {problem}")
         return False
     return True
+
+
+def serves(A: Tensor, kernel: str, p: float) -> bool:
+    """Whether the fused kernels compute an update with A [H, I, q], and are `available` for it."""
+    fits = A.dtype == torch.float32 and A.shape[0] <= MAX_HEADS and A.shape[2] <= MAX_COLUMNS
+    return fits and kernel in ("mixed", "distance") and p == 2 and available(A.device)

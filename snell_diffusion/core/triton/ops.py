@@ -21,12 +21,12 @@ from ..kernels import positive_gamma
 from ..sparsify import RULES
 from . import passes, passes_back
 from .formulas import Cut, Matrices, Mixers, Points, Size
+from .fused import MAX_COLUMNS, MAX_HEADS
 from .launch import DTYPES, addresses, aligned, blocks, launch, padded, spread
 from .selection import thresholds
 
 __all__ = ["Gradients", "Group", "backward", "prepare", "row_statistics", "thresholds", "write"]
 
-MAX_HEADS, MAX_COLUMNS = 8, 64
 CENTRE_ROWS = 128
 
 

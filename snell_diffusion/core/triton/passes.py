@@ -22,8 +22,7 @@ def shift_rows(given, moved, norms, mean, head, n, N, q: tl.constexpr, Q: tl.con
     """Rows n of a head: moved = given - mean, filled up with zeros to Q columns; |moved|^2."""
     k = tl.arange(0, Q)[None, :]
     real = (n < N)[:, None] & (k < q)
-    row = tl.load(given + (head * N + n)[:, None] * q + k, mask=real, other=0.0)
-    row = tl.where(real, row - mean[None, :], 0.0)
+    row = tl.load(given + (head * N + n)[:, None] * q + k, mask=real, other=0.0) - mean[None, :]
     tl.store(moved + (head * N + n)[:, None] * Q + k, row, mask=(n < N)[:, None])
     tl.store(norms + head * N + n, tl.sum(row * row, 1), mask=n < N)
 

@@ -90,3 +90,29 @@ def test_what_works_is_used_and_wrong_arguments_are_raised(installed):
     with pytest.raises(ValueError, match="shapes"):
         fused.attempt(CUDA, wrong, lambda: "plain")
     assert fused.available(CUDA)
+
+
+@pytest.mark.parametrize(
+    "A, kernel, p, served",
+    [
+        (torch.empty(8, 5, 64), "mixed", 2, True),
+        (torch.empty(1, 5, 1), "distance", 2.0, True),
+        (torch.empty(2, 5, 8), "linear", 2.0, False),
+        (torch.empty(2, 5, 8), "distance", 1.5, False),
+        (torch.empty(9, 5, 8), "mixed", 2.0, False),
+        (torch.empty(2, 5, 65), "mixed", 2.0, False),
+        (torch.empty(2, 5, 8, dtype=torch.float64), "mixed", 2.0, False),
+    ],
+)
+def test_updates_that_are_served(installed, monkeypatch, A, kernel, p, served):
+    installed()
+    assert not fused.serves(A, kernel, p)  # on the CPU
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert fused.serves(A, kernel, p) == served
+
+
+def test_what_is_switched_off_comes_back(installed):
+    installed()
+    with fused.switched_off():
+        assert not fused.available(CUDA)
+    assert fused.available(CUDA)

@@ -41,9 +41,9 @@ def run(file: str, cache: Path, *options: str, **variables: str) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("file", ["cases_forward.py", "cases_backward.py"])
-def test_on_the_cpu_through_the_interpreter(file, tmp_path):
-    run(file, tmp_path, TRITON_INTERPRET="1")
+@pytest.mark.parametrize("case", ["forward", "backward", "walk"])
+def test_on_the_cpu_through_the_interpreter(case, tmp_path):
+    run(f"cases_{case}.py", tmp_path, TRITON_INTERPRET="1")
 
 
 @needs_triton
@@ -61,6 +61,6 @@ def test_compiling_every_variant_for_a_gpu(tmp_path):
 @needs_triton
 @needs_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("file", ["cases_forward.py", "cases_backward.py", "cases_gpu.py"])
-def test_on_a_gpu(file, tmp_path):
-    run(file, tmp_path)
+@pytest.mark.parametrize("case", ["forward", "backward", "walk", "gpu"])
+def test_on_a_gpu(case, tmp_path):
+    run(f"cases_{case}.py", tmp_path)
