@@ -27,6 +27,7 @@ multiple of it (about 5 + 3 H floats an entry for H heads). On the CPU a block s
 elsewhere a larger one saves launches."""
 OTHER_BLOCK_ENTRIES = 2**22
 ALIGNMENT = 32
+PANEL_COLUMNS = 384  # products of fewer columns are a sixth slower
 
 
 class Walk(ABC):
@@ -94,9 +95,29 @@ class BlockUpdate(ABC):
         for start in range(0, inputs, width):
             yield slice(start, min(start + width, inputs))
 
+    def panels(self, params: Sequence[Tensor]) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
+        """Neighbouring blocks whose products with x and gy are taken together: the panel's columns,
+        and every block's in the matrix and in the panel."""
+        blocks: list[slice] = []
+        for columns in self.columns(params):
+            blocks.append(columns)
+            if not self.splits:
+                yield columns, [(columns, columns)]
+            elif columns.stop - blocks[0].start >= PANEL_COLUMNS:
+                yield _panel(blocks)
+                blocks = []
+        if blocks and self.splits:
+            yield _panel(blocks)
+
     def __call__(self, *params: Tensor) -> Tensor:
         delta: Tensor = _Whole.apply(self, *params)
         return delta
+
+
+def _panel(blocks: list[slice]) -> tuple[slice, list[tuple[slice, slice]]]:
+    start = blocks[0].start
+    local = [slice(block.start - start, block.stop - start) for block in blocks]
+    return slice(start, blocks[-1].stop), list(zip(blocks, local, strict=True))
 
 
 class _Whole(torch.autograd.Function):
@@ -282,12 +303,19 @@ def assemble(
         dtype = (dtype or delta.dtype) if weight is None else weight.dtype
         if out is None or out.dtype != dtype:
             out = scratch.take("out", update.shape(params), delta, dtype)
-        if base is not None and delta.dtype == dtype:
-            torch.add(base, delta, out=out[:, columns])
-        else:
-            out[:, columns] = delta if base is None else fold(base, delta)
+        place(out[:, columns], delta, base)
     assert out is not None
     return out
+
+
+def place(out: Tensor, delta: Tensor, base: Tensor | None) -> None:
+    """out = base + delta, summed in the wider dtype, rounded to that of base and then of out."""
+    if base is None:
+        out.copy_(delta)
+    elif out.dtype == base.dtype == delta.dtype:
+        torch.add(base, delta, out=out)
+    else:
+        out.copy_(fold(base, delta))
 
 
 def fold(weight: Tensor, delta: Tensor) -> Tensor:

@@ -5,12 +5,12 @@
 The plain formulation keeps every [O,I] intermediate of Delta for the backward pass; here Delta is
 built again there, and one that comes in blocks (`blocks.BlockUpdate`) is never held as a whole:
 
-    for columns c:  gx[:, c] = gy (W0 + Delta)[:, c],   dL/dDelta[:, c] = gy^T x[:, c]
+    for panels c of columns:  gx[:, c] = gy (W0 + Delta)[:, c],   dL/dDelta[:, c] = gy^T x[:, c]
 
 Shapes: x [..., I], W0 and Delta [O,I], y [..., O].
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .blocks import BlockUpdate, DeltaFn, WholeUpdate, assemble, check_shape, fold
+from .blocks import BlockUpdate, DeltaFn, Walk, WholeUpdate, assemble, check_shape, fold, place
 from .precision import HALVES, no_autocast
 from .scratch import Scratch
 
@@ -41,9 +41,9 @@ def merged_linear(
     same formula runs without the recompute: the compiler decides itself what to keep.
 
     Beyond x, y and their gradients a pass holds one matrix [O, I] in the dtype of W0 (forward) or
-    [T, W] and [O, W] for a block of W columns (backward), what `delta_fn` holds for a block (see
-    `blocks.BLOCK_ENTRIES`) and, forward, up to two float32 matrices of at most
-    `select.WHOLE_ENTRIES` entries while the threshold is found.
+    two [O, W] for a panel of W columns (backward, see `blocks.PANEL_COLUMNS`), what `delta_fn`
+    holds for a block (see `blocks.BLOCK_ENTRIES`) and, forward, up to two float32 matrices of at
+    most `select.WHOLE_ENTRIES` entries while the threshold is found.
 
     Args:
         x: Input, [..., I], any strides.
@@ -124,29 +124,49 @@ class _MergedLinear(torch.autograd.Function):
         params, statistics = rest[: ctx.count], rest[ctx.count :]
         _, _, need_x, need_weight, need_bias, *need_params = ctx.needs_input_grad
         with no_autocast(x.device):
-            walk = ctx.update.walk(params, statistics, need_params, Scratch())
+            scratch = Scratch()
+            walk = ctx.update.walk(params, statistics, need_params, scratch)
             gx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
             gweight = torch.empty_like(weight) if need_weight else None
-            products = _Products(gy, x)
-            for columns in ctx.update.columns(params):
-                delta = walk.delta(columns)
-                if gx is not None:
-                    matrix = delta if weight is None else fold(weight[:, columns], delta)
-                    products.for_input(matrix, gx.view(-1, x.shape[-1])[:, columns])
+            products = _Products(gy, x, scratch)
+            for panel, blocks in ctx.update.panels(params):
+                deltas = _built(walk, blocks)
                 if need_weight or any(need_params):
-                    gdelta = products.for_weight(columns)
-                    walk.pull(gdelta)
+                    gdelta = products.for_weight(panel)
                     if gweight is not None:
-                        gweight[:, columns] = gdelta
+                        gweight[:, panel] = gdelta
+                    if any(need_params):
+                        deltas = _pulling(deltas, walk, gdelta)
+                if gx is not None:
+                    base = None if weight is None else weight[:, panel]
+                    matrix = products.matrix(deltas, base, panel)
+                    products.for_input(matrix, gx.view(-1, x.shape[-1])[:, panel])
+                for _ in deltas:
+                    pass
             gbias = products.gy.sum(0) if need_bias else None
         return None, None, gx, gweight, gbias, *walk.gradients()
 
 
-class _Products:
-    """The two products of a backward pass, a block of columns at a time."""
+def _built(walk: Walk, blocks: Iterable[tuple[slice, slice]]) -> Iterator[tuple[slice, Tensor]]:
+    for columns, local in blocks:
+        yield local, walk.delta(columns)
 
-    def __init__(self, gy: Tensor, x: Tensor) -> None:
+
+def _pulling(
+    deltas: Iterable[tuple[slice, Tensor]], walk: Walk, gdelta: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """The same blocks; the gradient of each is taken before the next one is built."""
+    for local, delta in deltas:
+        yield local, delta
+        walk.pull(gdelta[:, local])
+
+
+class _Products:
+    """The two products of a backward pass, a panel of columns at a time."""
+
+    def __init__(self, gy: Tensor, x: Tensor, scratch: Scratch) -> None:
         self.gy, self._x = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1])
+        self._scratch = scratch
         low = [t.dtype for t in (gy, x) if t.dtype in HALVES]
         # Sums of 16-bit products overflow, or lose digits, in 16 bits.
         self._accumulates = gy.is_cuda and bool(low)
@@ -154,20 +174,29 @@ class _Products:
         self._dtype = low[0] if self._accumulates else wide
         self._gy_transposed = self.gy.to(self._dtype).T
 
+    def matrix(
+        self, deltas: Iterable[tuple[slice, Tensor]], base: Tensor | None, panel: slice
+    ) -> Tensor:
+        """(W0 + Delta)[:, panel], [O, W], in the dtype of gy, from Delta's blocks; scratch."""
+        shape = self.gy.shape[1], self._x[:1, panel].shape[1]
+        out = self._scratch.take("panel", shape, self.gy)
+        for local, delta in deltas:
+            place(out[:, local], delta, None if base is None else base[:, local])
+        return out
+
     def for_input(self, matrix: Tensor, out: Tensor) -> None:
-        """out [T, W] = gy (W0 + Delta)[:, columns]."""
-        matrix = matrix.to(self.gy.dtype)
+        """out [T, W] = gy (W0 + Delta)[:, panel]."""
         if out.dtype == matrix.dtype:
             torch.mm(self.gy, matrix, out=out)
         else:
             out.copy_(self.gy @ matrix)
 
-    def for_weight(self, columns: slice) -> Tensor:
-        """gy^T x over all tokens, [O, W], in at least float32."""
-        x = self._x[:, columns].to(self._dtype)
+    def for_weight(self, panel: slice) -> Tensor:
+        """gy^T x over all tokens, [O, W], in at least float32; scratch."""
+        x, gy = self._x[:, panel].to(self._dtype), self._gy_transposed
         if self._accumulates:
-            return torch.mm(self._gy_transposed, x, out_dtype=torch.float32)
-        return self._gy_transposed @ x
+            return torch.mm(gy, x, out_dtype=torch.float32)
+        return torch.mm(gy, x, out=self._scratch.take("gdelta", (len(gy), x.shape[1]), x))
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
