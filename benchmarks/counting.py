@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
+from snell_diffusion.core.scratch import release_scratch
 from snell_diffusion.diffusion.memory.live import LiveBytes, backward
 
 
@@ -138,6 +139,7 @@ def count(
         counting: Context that counts live bytes; default: those of real tensors.
     """
     fixed = list(fixed)
+    release_scratch()  # else earlier steps would lend this one their memory
     with counting or DenseAndSparse() as live, Operations() as operations:
         live.add(fixed)
         before = live.live

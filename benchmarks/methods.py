@@ -24,6 +24,7 @@ from torch import nn
 from benchmarks.plain import make_plain
 from snell_diffusion.core.triton import fused
 from snell_diffusion.tuners import SnellaConfig
+from snell_diffusion.tuners.grouping import group_small_layers
 
 ADAPTER = "default"
 LORA_RANK, SNELLA_RANK = 16, 32
@@ -128,6 +129,12 @@ def _shira(targets: list[str], ranks: Ranks) -> PeftConfig:
 
 
 def _ours(model: nn.Module, targets: list[str], ranks: Ranks) -> None:
+    """As the training script does it."""
+    _snella(model, targets, ranks)
+    group_small_layers(model)
+
+
+def _snella(model: nn.Module, targets: list[str], ranks: Ranks) -> None:
     config = SnellaConfig.paper(
         r=ranks.snella, target_modules=targets, init_sparsity=SPARSITY, seed=0
     )
@@ -135,12 +142,12 @@ def _ours(model: nn.Module, targets: list[str], ranks: Ranks) -> None:
 
 
 def _plain(model: nn.Module, targets: list[str], ranks: Ranks) -> None:
-    _ours(model, targets, ranks)
+    _snella(model, targets, ranks)
     make_plain(model, ADAPTER)
 
 
 def _plain_kept(model: nn.Module, targets: list[str], ranks: Ranks) -> None:
-    _ours(model, targets, ranks)
+    _snella(model, targets, ranks)
     make_plain(model, ADAPTER, checkpointed=False)
 
 

@@ -34,13 +34,12 @@ class Run:
     quick: bool = False
     label: str = ""
 
-    def time(self, works: Mapping[str, Work], times: int = 1) -> Seconds:
+    def time(self, works: Mapping[str, Work], times: int = 1, warmup: int = 1) -> Seconds:
         """`timing.interleaved` with a progress bar, in `times` as many rounds as usual."""
-        rounds = self.rounds * times
-        total = (rounds + 1) * len(works)
-        watch = stopwatch(self.device)
+        rounds, watch = self.rounds * times, stopwatch(self.device)
+        total = (rounds + warmup) * len(works)
         with tqdm(total=total, desc=f"  {self.label}", smoothing=0, leave=False) as bar:
-            return interleaved(works, rounds, seconds=watch, done=bar.update)
+            return interleaved(works, rounds, seconds=watch, warmup=warmup, done=bar.update)
 
 
 Measure = Callable[[Run], Entry]
