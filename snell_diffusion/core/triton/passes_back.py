@@ -38,7 +38,7 @@ def update_gradient(
     real = (o < size.O)[:, None] & (i < size.I)[None, :]
     given = tl.load(tile_of(dW, g, o, i, GRAD, ALIGNED), mask=real, other=0.0)
     factor = rule_gradient(mix(K, mixers, g, i, size), cut, g, RULE)
-    return tl.where(real, given.to(tl.float32) * tl.load(scale + g) * factor, 0.0)
+    return given.to(tl.float32) * tl.load(scale + g) * factor
 
 
 @triton.jit

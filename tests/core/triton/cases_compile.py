@@ -35,14 +35,21 @@ class AbsentGPU:
 def compiled(monkeypatch, tmp_path):
     """Launches compile down to machine code, and nothing runs; the code is listed by name."""
     monkeypatch.setattr(driver, "_active", AbsentGPU())
-    found = {}
+    found, start = {}, launch.launch
 
-    def compile_only(kernel, grid, device, *args, **meta):
-        code = kernel.warmup(*args, grid=grid, enable_fp_fusion=False, **meta)
-        found.setdefault(kernel.__name__, []).append(code)
+    class Compiling:
+        def __init__(self, kernel):
+            self.kernel, self.__name__ = kernel, kernel.__name__
+
+        def __getitem__(self, grid):
+            return lambda *args, **meta: found.setdefault(self.__name__, []).append(
+                self.kernel.warmup(*args, grid=grid, **meta)
+            )
 
     for module in (ops, selection):
-        monkeypatch.setattr(module, "launch", compile_only)
+        monkeypatch.setattr(
+            module, "launch", lambda kernel, *rest, **meta: start(Compiling(kernel), *rest, **meta)
+        )
     return found
 
 
