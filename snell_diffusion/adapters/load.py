@@ -54,7 +54,7 @@ from snell_diffusion.errors import (
 from snell_diffusion.tuners import DeltaLayer, delta_layers
 from snell_diffusion.tuners.bypass import BYPASSED, is_bypassed
 from snell_diffusion.tuners.qkv_guard import is_fused
-from snell_diffusion.tuners.traverse import unwrapped
+from snell_diffusion.tuners.traverse import every_module, unwrapped
 from snell_diffusion.tuners.weights import device_of
 
 __all__ = ["LoadReport", "check_adapter_name", "load_adapter"]
@@ -211,7 +211,7 @@ def check_free(components: Components, adapter_name: str) -> None:
     """
     for component, model in components.items():
         taken = set(getattr(unwrapped(model), "peft_config", None) or {})
-        for module in model.modules():
+        for module in every_module(model):
             if isinstance(module, BaseTunerLayer):
                 taken.update(module._get_available_adapters())
         if adapter_name in taken:

@@ -32,7 +32,7 @@ from snell_diffusion.errors import SnellaKeyError, SnellaValueError, shown
 from snell_diffusion.tuners import DeltaLayer
 from snell_diffusion.tuners.offload import compute_device
 from snell_diffusion.tuners.qkv_guard import is_fused
-from snell_diffusion.tuners.traverse import unwrapped
+from snell_diffusion.tuners.traverse import every_module, unwrapped
 from snell_diffusion.versions import require
 
 require("diffusers", "transformers")
@@ -211,7 +211,7 @@ def processors_off(*models: nn.Module) -> Iterator[None]:
 def _blocks(model: nn.Module) -> list[nn.Module]:
     return [
         module
-        for module in unwrapped(model).modules()
+        for module in every_module(unwrapped(model))
         if callable(getattr(module, "processor", None))
     ]
 

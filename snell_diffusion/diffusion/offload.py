@@ -16,7 +16,8 @@ from accelerate.utils import OffloadedWeightsLoader
 from torch import nn
 
 from snell_diffusion.errors import SnellaValueError
-from snell_diffusion.tuners.offload import group_hook
+from snell_diffusion.tuners.offload import group_hook, hooks_of
+from snell_diffusion.tuners.traverse import every_module
 
 __all__ = ["offload_off"]
 
@@ -44,7 +45,7 @@ def _nothing() -> None:
 
 def _sequential(model: nn.Module) -> Callable[[], None]:
     """Take accelerate's hooks off a model that `cpu_offload` was called on."""
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    hooks = (hooks_of(module)[0] for module in every_module(model))
     hook = next((h for h in hooks if isinstance(h, AlignDevicesHook) and h.offload), None)
     # Weights on the disk, or spread over devices by a map, are not ours to move.
     if hook is None or hasattr(model, "hf_device_map") or _on_disk(hook):
@@ -98,7 +99,7 @@ def _group(model: nn.Module) -> Callable[[], None]:
 
 
 def _group_hooks(model: nn.Module) -> Iterator[Any]:
-    return (hook for module in model.modules() if (hook := group_hook(module)) is not None)
+    return (hook for module in every_module(model) if (hook := group_hook(module)) is not None)
 
 
 def _refuse_disk(model: nn.Module) -> None:

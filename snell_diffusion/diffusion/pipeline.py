@@ -23,7 +23,7 @@ from snell_diffusion.adapters import (
     save_adapter,
     state_with_header,
 )
-from snell_diffusion.adapters.attach import remove_adapter
+from snell_diffusion.adapters.attach import remove_adapter, uncollected
 from snell_diffusion.adapters.limits import MAX_RELATIVE_UPDATE
 from snell_diffusion.adapters.state import layer_tensors
 from snell_diffusion.adapters.tokens import remove_tokens, require_removable, words_of
@@ -72,6 +72,7 @@ __all__ = [
 Source = str | os.PathLike[str] | Mapping[str, Any]
 
 
+@uncollected()
 def load_snella_weights(
     pipe: Any,
     source: Source,
@@ -427,7 +428,7 @@ def _warn_about_spelling(pipe: Any, words: Sequence[Word]) -> None:
         warnings.warn(
             f"{type(pipe).__name__} does not expand words of several vectors: write {written} in "
             "its prompts",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

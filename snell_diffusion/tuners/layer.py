@@ -253,11 +253,12 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         if device.type == "meta":
             return
         for _, container in self.containers():
-            tensor = dict(container.items()).get(adapter_name)
-            if tensor is None or tensor.device.type == "meta":
+            if adapter_name not in container or container[adapter_name].device.type == "meta":
                 continue
+            tensor = container[adapter_name]
             dtype = torch.float32 if tensor.dtype in HALVES else tensor.dtype
-            container[adapter_name] = tensor.to(device=device, dtype=dtype)
+            if tensor.device != device or tensor.dtype != dtype:
+                container[adapter_name] = tensor.to(device=device, dtype=dtype)
 
     def containers(self) -> Iterator[tuple[str, Any]]:
         """The per-adapter dictionaries of parameters and buffers by attribute name."""

@@ -57,12 +57,12 @@ def compute_device(layer: nn.Module) -> torch.device:
 
 def group_hook(module: nn.Module) -> Any:
     """A module's own hook of diffusers' group offloading; None if it has none."""
-    registry = getattr(module, "_diffusers_hook", None)
+    _, registry = hooks_of(module)
     return None if registry is None else registry.get_hook(GROUP_OFFLOADING)
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    hook, group = getattr(module, "_hf_hook", None), group_hook(module)
+    hook, group = hooks_of(module)[0], group_hook(module)
     # A module that is in a model twice, as T5's embeddings are, gets its hook twice.
     each = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
     found: list[Any] = [h for h in each if isinstance(h, AlignDevicesHook) and h.offload]

@@ -17,7 +17,7 @@ from torch import nn
 from snell_diffusion.errors import SnellaValueError, shown
 from snell_diffusion.tuners.layer import DeltaLayer
 from snell_diffusion.tuners.tokens import TokenLayer
-from snell_diffusion.tuners.traverse import delta_layers
+from snell_diffusion.tuners.traverse import delta_layers, every_module
 
 __all__ = ["FusionGuard", "SaveGuard", "guard_saving", "is_fused", "protect", "release"]
 
@@ -73,7 +73,7 @@ def protect(model: nn.Module) -> None:
     # transformers' own save_pretrained knows adapters and writes those alone.
     if not hasattr(type(model), "get_adapter_state_dict"):
         guard_saving(model)
-    for module in model.modules():
+    for module in every_module(model):
         if module is not model and not _holds_delta(module):
             continue
         for name in GUARDED:
@@ -95,7 +95,7 @@ def release(model: nn.Module) -> None:
     """Take the guards off a model, unless it still has a delta layer or new words."""
     if _held(model):
         return
-    for module in model.modules():
+    for module in every_module(model):
         for name in (*GUARDED, "save_pretrained"):
             if isinstance(vars(module).get(name), (FusionGuard, SaveGuard)):
                 delattr(module, name)
@@ -109,7 +109,7 @@ def _held(model: nn.Module) -> list[str]:
 
 def is_fused(model: nn.Module) -> bool:
     """Whether any attention of the model computes with fused projections at the moment."""
-    return any(_fused(module) for module in model.modules())
+    return any(_fused(module) for module in every_module(model))
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, DeltaLayer]]:

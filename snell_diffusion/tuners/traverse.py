@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from snell_diffusion.tuners.layer import DeltaLayer
 
-__all__ = ["delta_buffers", "delta_layers", "delta_parameters"]
+__all__ = ["delta_buffers", "delta_layers", "delta_parameters", "every_module"]
 
 
 def delta_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, DeltaLayer]]:
@@ -46,6 +46,18 @@ def delta_buffers(model: nn.Module, adapter: str) -> dict[str, Tensor]:
         for name, tensor in _delta_tensors(model, adapter)
         if not isinstance(tensor, nn.Parameter)
     }
+
+
+def every_module(model: nn.Module) -> Iterator[nn.Module]:
+    """What `model.modules()` gives, in its order, without passing each module up all levels."""
+    seen: set[nn.Module] = set()
+    todo = [model]
+    while todo:
+        module = todo.pop()
+        if module not in seen:
+            seen.add(module)
+            yield module
+            todo += [child for child in reversed(module._modules.values()) if child is not None]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

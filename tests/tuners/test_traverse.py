@@ -6,6 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from snell_diffusion.tuners import SnellaConfig, delta_buffers, delta_layers, delta_parameters
+from snell_diffusion.tuners.traverse import every_module
 
 CONFIG = SnellaConfig.paper(r=4, target_modules=["to_q", "out.0"])
 
@@ -77,3 +78,12 @@ def test_a_peft_model_of_a_peft_adapter_without_deltas():
     lora = get_peft_model(model(), LoraConfig(target_modules=["to_q"]))
     assert isinstance(lora, PeftModel)
     assert paths(lora) == []
+
+
+def test_every_module_comes_once_in_the_order_of_modules():
+    tree = model()
+    tree["b"].again = tree["a"].out  # reached twice
+    tree["b"].nothing = None
+    tree["b"].register_module("empty", None)
+    inject_adapter_in_model(CONFIG, tree, "x")
+    assert list(every_module(tree)) == list(tree.modules())
