@@ -96,3 +96,14 @@ def test_16_bit_factors_are_bounded_in_full_precision() -> None:
     low = update_bound(A.half(), B.half(), signs, kernel="distance", p=2, rule="squared")
     high = update_bound(A, B, signs, kernel="distance", p=2, rule="squared")
     assert low == pytest.approx(high, rel=1e-2)
+
+
+@pytest.mark.parametrize("rule, factor", [("squared", 2**0.5), ("mask", 2**0.5)])
+def test_it_is_reached_but_for_half_of_the_points(rule: str, factor: float) -> None:
+    """Distances are 0 and 2 in turn; the bound takes all for 2."""
+    A, B = torch.zeros(1, 30, 8), torch.zeros(1, 50, 8)
+    A[..., 0], B[:, ::2, 0], B[:, 1::2, 0] = 1.0, 1.0, -1.0
+    signs = torch.tensor([0.1])
+    delta = update(A, B, signs, kernel="distance", rule=rule, threshold=torch.tensor(0.0))
+    bound = update_bound(A, B, signs, kernel="distance", p=2, rule=rule)
+    assert bound == pytest.approx(factor * float(delta.norm()), rel=0.02)
