@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .precision import no_autocast
+from .precision import full, no_autocast
 from .scratch import Scratch
 
 DeltaFn = Callable[..., Tensor]
@@ -43,6 +43,11 @@ class Walk(ABC):
     @abstractmethod
     def delta(self, columns: slice) -> Tensor:
         """Delta[:, columns], [O, W]."""
+
+    def fold_into(self, out: Tensor, columns: slice, weight: Tensor | None, scale: float) -> None:
+        """out = weight + scale * delta(columns), all [O, W]; rounded as `place` does."""
+        delta = self.delta(columns)
+        place(out, delta if scale == 1.0 else delta * scale, weight)
 
     @abstractmethod
     def pull(self, gdelta: Tensor) -> None:
@@ -268,6 +273,13 @@ class _SumWalk(Walk):
         assert total is not None
         return total
 
+    def fold_into(self, out: Tensor, columns: slice, weight: Tensor | None, scale: float) -> None:
+        if len(self._walks) > 1:
+            super().fold_into(out, columns, weight, scale)
+            return
+        walk, own = self._walks[0]
+        walk.fold_into(out, columns, weight, own * scale)
+
     def pull(self, gdelta: Tensor) -> None:
         for walk, _ in self._walks:
             walk.pull(gdelta)
@@ -293,18 +305,17 @@ def assemble(
 
     What the walk keeps is written over where it has the right dtype: large memory is slow to get.
     """
-    out: Tensor | None = walk.kept
+    if not update.splits:
+        delta = check_shape(walk.delta(slice(None)), weight)
+        return delta.to(dtype or delta.dtype) if weight is None else fold(weight, delta)
+    dtype = (dtype or full(params[0]).dtype) if weight is None else weight.dtype
+    out = walk.kept
+    if out is None or out.dtype != dtype:
+        out = scratch.take("out", update.shape(params), params[0], dtype)
     for columns in update.columns(params):
-        delta = walk.delta(columns)
-        base = None if weight is None else weight[:, columns]
-        if not update.splits:
-            delta = check_shape(delta, base)
-            return delta.to(dtype or delta.dtype) if base is None else fold(base, delta)
-        dtype = (dtype or delta.dtype) if weight is None else weight.dtype
-        if out is None or out.dtype != dtype:
-            out = scratch.take("out", update.shape(params), delta, dtype)
-        place(out[:, columns], delta, base)
-    assert out is not None
+        walk.fold_into(
+            out[:, columns], columns, None if weight is None else weight[:, columns], 1.0
+        )
     return out
 
 

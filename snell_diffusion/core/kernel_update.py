@@ -11,6 +11,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from .sparsify import (
     threshold,
     weigh,
 )
+from .triton.fused import attempt, serves
 from .update import dense, update
 
 
@@ -68,10 +70,28 @@ class KernelUpdate(BlockUpdate):
     def shape(self, params: Sequence[Tensor]) -> tuple[int, int]:
         return params[1].shape[1], params[0].shape[1]
 
-    def measure(
+    def measure(self, params: Sequence[Tensor], scratch: Scratch) -> tuple[tuple[Tensor, ...], Any]:
+        """The threshold, for `mask` and `soft` also whether w is zero everywhere; and w [O, I]."""
+        if not serves(params[0], self.kernel, self.p):
+            return self._measure(params, scratch)
+        plain = partial(self._measure, params, scratch)
+        return attempt(params[0].device, partial(self._measure_fused, params), plain)
+
+    def _measure_fused(self, params: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Any]:
+        from .triton import walk
+
+        group = walk.prepare(params, self.signs)
+        if not self._has_threshold:
+            return (), group
+        if self.limit is not None and not self._lives_at_zero:
+            return (self.limit,), group
+        t, is_zero = walk.measure(group, self.sparsity)
+        found = (t if self.limit is None else self.limit, is_zero)
+        return found[: self.statistics], group
+
+    def _measure(
         self, params: Sequence[Tensor], scratch: Scratch
     ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """The threshold, for `mask` and `soft` also whether w is zero everywhere; and w [O, I]."""
         if not self._has_threshold:
             return (), None
         walk = self._walk(params, (), [False] * len(params), scratch, None)
@@ -122,9 +142,16 @@ class KernelUpdate(BlockUpdate):
         statistics: Sequence[Tensor],
         wanted: Sequence[bool],
         scratch: Scratch,
-        kept: Tensor | None = None,
+        kept: Any = None,
     ) -> Walk:
-        return self._walk(params, statistics, wanted, scratch, kept)
+        w = kept if isinstance(kept, Tensor) else None
+        plain = partial(self._walk, params, statistics, wanted, scratch, w)
+        if w is not None or not serves(params[0], self.kernel, self.p):
+            return plain()
+        from .triton.walk import FusedWalk
+
+        own = [p.detach() for p in params]
+        return FusedWalk(own, self.signs, self.rule, statistics, wanted, plain, kept)
 
     def _walk(
         self,

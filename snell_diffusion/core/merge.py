@@ -10,7 +10,7 @@ built again there, and one that comes in blocks (`blocks.BlockUpdate`) is never 
 Shapes: x [..., I], W0 and Delta [O,I], y [..., O].
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .blocks import BlockUpdate, DeltaFn, Walk, WholeUpdate, assemble, check_shape, fold, place
+from .blocks import BlockUpdate, DeltaFn, WholeUpdate, assemble, check_shape, fold
 from .precision import HALVES, no_autocast
 from .scratch import Scratch
 
@@ -130,35 +130,22 @@ class _MergedLinear(torch.autograd.Function):
             gweight = torch.empty_like(weight) if need_weight else None
             products = _Products(gy, x, scratch)
             for panel, blocks in ctx.update.panels(params):
-                deltas = _built(walk, blocks)
-                if need_weight or any(need_params):
-                    gdelta = products.for_weight(panel)
-                    if gweight is not None:
-                        gweight[:, panel] = gdelta
-                    if any(need_params):
-                        deltas = _pulling(deltas, walk, gdelta)
-                if gx is not None:
-                    base = None if weight is None else weight[:, panel]
-                    matrix = products.matrix(deltas, base, panel)
+                gdelta = products.for_weight(panel) if need_weight or any(need_params) else None
+                matrix = products.matrix(panel) if need_x else None
+                for columns, local in blocks:
+                    if matrix is None:
+                        walk.delta(columns)
+                    else:
+                        base = None if weight is None else weight[:, columns]
+                        walk.fold_into(matrix[:, local], columns, base, 1.0)
+                    if gdelta is not None and any(need_params):
+                        walk.pull(gdelta[:, local])
+                if gx is not None and matrix is not None:
                     products.for_input(matrix, gx.view(-1, x.shape[-1])[:, panel])
-                for _ in deltas:
-                    pass
+                if gweight is not None and gdelta is not None:
+                    gweight[:, panel] = gdelta
             gbias = products.gy.sum(0) if need_bias else None
         return None, None, gx, gweight, gbias, *walk.gradients()
-
-
-def _built(walk: Walk, blocks: Iterable[tuple[slice, slice]]) -> Iterator[tuple[slice, Tensor]]:
-    for columns, local in blocks:
-        yield local, walk.delta(columns)
-
-
-def _pulling(
-    deltas: Iterable[tuple[slice, Tensor]], walk: Walk, gdelta: Tensor
-) -> Iterator[tuple[slice, Tensor]]:
-    """The same blocks; the gradient of each is taken before the next one is built."""
-    for local, delta in deltas:
-        yield local, delta
-        walk.pull(gdelta[:, local])
 
 
 class _Products:
@@ -174,15 +161,10 @@ class _Products:
         self._dtype = low[0] if self._accumulates else wide
         self._gy_transposed = self.gy.to(self._dtype).T
 
-    def matrix(
-        self, deltas: Iterable[tuple[slice, Tensor]], base: Tensor | None, panel: slice
-    ) -> Tensor:
-        """(W0 + Delta)[:, panel], [O, W], in the dtype of gy, from Delta's blocks; scratch."""
+    def matrix(self, panel: slice) -> Tensor:
+        """Room for (W0 + Delta)[:, panel], [O, W], in the dtype of gy; scratch."""
         shape = self.gy.shape[1], self._x[:1, panel].shape[1]
-        out = self._scratch.take("panel", shape, self.gy)
-        for local, delta in deltas:
-            place(out[:, local], delta, None if base is None else base[:, local])
-        return out
+        return self._scratch.take("panel", shape, self.gy)
 
     def for_input(self, matrix: Tensor, out: Tensor) -> None:
         """out [T, W] = gy (W0 + Delta)[:, panel]."""

@@ -80,5 +80,7 @@ def _loads() -> bool:
 
 def serves(A: Tensor, kernel: str, p: float) -> bool:
     """Whether the fused kernels compute an update with A [H, I, q], and are `available` for it."""
+    if type(A) not in (Tensor, torch.nn.Parameter):
+        return False  # a fake tensor, say, which says that it is on a GPU
     fits = A.dtype == torch.float32 and A.shape[0] <= MAX_HEADS and A.shape[2] <= MAX_COLUMNS
     return fits and kernel in ("mixed", "distance") and p == 2 and available(A.device)

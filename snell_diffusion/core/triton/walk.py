@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..blocks import Walk, fold
+from ..blocks import Walk
 from . import ops
 from .fused import LaunchError
 from .launch import DTYPES
@@ -56,15 +56,19 @@ class FusedWalk(Walk):
                 self._plain = self._start_plain()
         return self._plain.delta(columns)
 
-    def fold_into(self, out: Tensor, columns: slice, weight: Tensor, scale: float) -> None:
-        """out = `fold(weight, scale * delta(columns))`, all [O, W], without holding the delta."""
+    def fold_into(self, out: Tensor, columns: slice, weight: Tensor | None, scale: float) -> None:
+        """As the base's, without holding the delta."""
+        given = [t for t in (out, weight) if t is not None]
+        if any(t.dtype not in DTYPES or t.stride(1) != 1 for t in given):
+            super().fold_into(out, columns, weight, scale)
+            return
         if self._plain is None:
             try:
                 self._write(columns, weight, out, scale)
                 return
             except LaunchError:
                 self._plain = self._start_plain()
-        out.copy_(fold(weight, self._plain.delta(columns) * scale))
+        self._plain.fold_into(out, columns, weight, scale)
 
     def pull(self, gdelta: Tensor) -> None:
         if not any(self._wanted):

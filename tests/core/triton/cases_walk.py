@@ -6,7 +6,16 @@
 import pytest
 import torch
 
-from snell_diffusion.core import RULES, KernelUpdate, dense, threshold, update
+from snell_diffusion.core import (
+    RULES,
+    KernelUpdate,
+    ScaledSum,
+    dense,
+    merged_linear,
+    threshold,
+    update,
+)
+from snell_diffusion.core import blocks as blocks_module
 from snell_diffusion.core.scratch import Scratch
 from snell_diffusion.core.triton import fused, ops, walk
 from snell_diffusion.core.triton.walk import FusedWalk
@@ -30,7 +39,8 @@ class Walked:
 
     def plain(self):
         wanted = [True] * len(self.params)
-        return self.plain_update.walk(self.params, self.statistics, wanted, Scratch(pooled=False))
+        scratch = Scratch(pooled=False)
+        return self.plain_update._walk(self.params, self.statistics, wanted, scratch, None)
 
     def fused(self, wanted=None, whole=None):
         wanted = wanted or [True] * len(self.params)
@@ -124,6 +134,40 @@ def test_a_gradient_in_columns_or_in_16_bit():
     for given in (gdelta, gdelta.T.contiguous().T, gdelta.double()):
         _, got = passed(it.fused(), BLOCKS[0], given)
         assert_close(got, [g.double() for g in want])
+
+
+@pytest.mark.parametrize("blocks", [None, 32])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("rule", ["squared", "mask", "none"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_training_goes_through_the_fused_kernels(kernel, rule, scale, blocks, monkeypatch):
+    """`merged_linear` as it stands: on and off differ by rounding alone."""
+    if blocks:
+        monkeypatch.setattr(blocks_module, "ALIGNMENT", 1)
+        monkeypatch.setitem(blocks_module.BLOCK_ENTRIES, DEVICE.type, blocks * O)
+    it = Walked(kernel, rule)
+    update = KernelUpdate(it.signs, 0.0 if rule == "none" else 0.6, kernel, rule=rule)
+    leaves = [p.requires_grad_() for p in it.params]
+    update = update if scale == 1.0 else ScaledSum([(update, len(leaves), scale)])
+    rng = torch.Generator().manual_seed(5)
+    x, weight = (torch.randn(*shape, generator=rng).to(DEVICE) for shape in ((9, I), (O, I)))
+    x.requires_grad_()
+
+    def step():
+        y = merged_linear(x, weight, None, update, leaves)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *leaves])]
+
+    written = []
+    works = ops.write
+    monkeypatch.setattr(ops, "write", lambda *a: written.append(1) or works(*a))
+    got = step()
+    assert len(written) == 2 * (1 if blocks is None else 3)
+    with fused.switched_off():
+        want = step()
+    assert len(written) == 2 * (1 if blocks is None else 3)
+    for a, b in zip(got, want, strict=True):
+        largest = float(b.detach().abs().max())
+        assert float((a - b).detach().abs().max()) <= 2e-4 * max(largest, 1e-20)
 
 
 @pytest.mark.parametrize("failing", ["write", "backward"])
