@@ -37,7 +37,7 @@ def figures() -> Figures:
     found = {f"linear {shape.name}": linear_cost(shape) for shape in _LINEARS}
     blocks = replace(WORKS["vit-b"], build=vit(768, 2, 12, 16))
     for name, work in {"2 blocks of ViT-B/16": blocks, "UNet": WORKS["embedded-unet"]}.items():
-        found[f"{name}, batch 2"] = fake_cost(work, "ours", 2, torch.float32)[0]
+        found[f"{name}, batch 2"] = fake_cost(work, "ours", 2, torch.float32, whole=True)[0]
     return {name: cost.values() for name, cost in found.items()}
 
 
