@@ -3,7 +3,7 @@
 from .allocator import METRICS, Allocator
 from .apportion import apportion
 from .blocks import BlockUpdate, DeltaFn, ScaledSum, WholeUpdate, fold
-from .grouped import Member, grouped_weights
+from .grouped import Member, grouped_thresholds, grouped_weights
 from .kernel_update import KernelUpdate
 from .kernels import GAMMA_MIN, distance_kernel, linear_kernel, mix, positive_gamma
 from .merge import merged_linear
@@ -38,6 +38,7 @@ __all__ = [
     "dense",
     "distance_kernel",
     "fold",
+    "grouped_thresholds",
     "grouped_weights",
     "kept_count",
     "linear_kernel",

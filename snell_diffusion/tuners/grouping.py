@@ -5,16 +5,17 @@ each layer multiplies by what is ready. It is cleared when the pass ends, so not
 change of parameters. Layers it cannot serve (16-bit or quantized bases, dropout, several adapters,
 activation checkpointing, compiled code) compute their own update, as they do without it. The memory
 is that of the weights served, twice while their gradients are gathered, at most 8 bytes x
-`TOTAL_ENTRIES`.
+`TOTAL_ENTRIES`. On a GPU with the fused kernels the thresholds of all other layers of a shape are
+found together, too, whatever their base: a hundred layers do not pay a hundred times the launches.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from snell_diffusion.core import Member, grouped_weights
+from snell_diffusion.core import LIVE_AT_ZERO, Member, grouped_thresholds, grouped_weights
 from snell_diffusion.tuners.effective import ReadyWeight
 from snell_diffusion.tuners.snella import SnellaLayer
 
@@ -52,17 +53,35 @@ class Grouping:
     def _prepare(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
             return
-        stacks: dict[Any, list[tuple[SnellaLayer, Member]]] = {}
-        room = TOTAL_ENTRIES
-        for layer in _small(model):
-            member = _member(layer)
-            if member is not None and room >= member.weight.numel():
-                room -= member.weight.numel()
-                stacks.setdefault(member.alike(), []).append((layer, member))
-        for stack in stacks.values():
+        # Checkpointed layers run again in the backward pass, when nothing is ready.
+        again = any(vars(part).get("gradient_checkpointing") for part in model.modules())
+        small: dict[Any, list[tuple[SnellaLayer, Member]]] = {}
+        large: dict[Any, list[tuple[SnellaLayer, Member]]] = {}
+        room = 0 if again else TOTAL_ENTRIES
+        for layer in linear_layers(model):
+            size = layer.in_features * layer.out_features
+            fits = size <= min(LAYER_ENTRIES, room) and layer.trains_folded()
+            member = _member(layer) if fits or on_gpu(layer) else None
+            if member is None:
+                continue
+            fits = fits and member.weight.dtype == torch.float32
+            room -= size if fits else 0
+            (small if fits else large).setdefault(member.alike(), []).append((layer, member))
+        for stack in small.values():
             size = max(1, STACK_ENTRIES // stack[0][1].weight.numel())
             for start in range(0, len(stack), size):
                 self._serve(stack[start : start + size])
+        for stack in large.values():
+            self._measure(stack)
+
+    def _measure(self, stack: list[tuple[SnellaLayer, Member]]) -> None:
+        """Find the thresholds of layers too large to be held, on a GPU."""
+        if stack[0][1].update.rule in LIVE_AT_ZERO:
+            return  # these want more than a threshold
+        limits = grouped_thresholds([member for _, member in stack])
+        for (layer, _), limit in zip(stack, limits or (), strict=limits is not None):
+            layer.limits[layer.acting()[0]] = limit
+            self._served.append(layer)
 
     def _serve(self, stack: list[tuple[SnellaLayer, Member]]) -> None:
         weights = grouped_weights([member for _, member in stack])
@@ -73,31 +92,30 @@ class Grouping:
     def _clear(self, model: nn.Module, args: Any, result: Any) -> None:
         for layer in self._served:
             layer.ready = None
+            layer.limits.clear()
         self._served.clear()
 
 
-def _small(model: nn.Module) -> Iterable[SnellaLayer]:
-    if any(vars(part).get("gradient_checkpointing") for part in model.modules()):
-        return []  # their layers run again in the backward pass, when nothing is ready
-    return [
-        part
-        for part in model.modules()
-        if isinstance(part, SnellaLayer)
-        and part.kind == "linear"
-        and part.in_features * part.out_features <= LAYER_ENTRIES
-    ]
+def linear_layers(model: nn.Module) -> Iterator[SnellaLayer]:
+    for part in model.modules():
+        if isinstance(part, SnellaLayer) and part.kind == "linear":
+            yield part
+
+
+def on_gpu(layer: SnellaLayer) -> bool:
+    return any(p.is_cuda for p in layer.snella_A.values())
 
 
 def _member(layer: SnellaLayer) -> Member | None:
     """The layer's update if it can be computed with others."""
     adapters = layer.acting()
-    if len(adapters) != 1 or not layer.training or not layer.trains_folded():
+    if len(adapters) != 1 or not layer.training or layer.idle(adapters):
         return None
     (adapter,) = adapters
     params, weight = layer.delta_params(adapter), layer.get_base_layer().weight
-    if any(tensor.dtype != torch.float32 for tensor in (weight, *params)):
+    if any(p.dtype != torch.float32 for p in params) or not any(p.requires_grad for p in params):
         return None
-    if not any(p.requires_grad for p in params) or weight.requires_grad:
+    if not isinstance(weight, torch.Tensor) or weight.requires_grad:
         return None
     layer.on_training_forward(adapter)
     update = layer.kernel_update(adapter)

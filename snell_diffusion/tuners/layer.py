@@ -390,10 +390,13 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def _drops(self, adapters: Sequence[str]) -> bool:
         return any(self.configs[name].dropout > 0 for name in adapters)
 
+    def idle(self, adapters: Sequence[str]) -> bool:
+        """Whether a call would not use the whole update: switched off, in the weight, dropout."""
+        return bool(self.disable_adapters or self.merged) or self._drops(adapters)
+
     def trains_folded(self) -> bool:
         """Whether training is one product with W0 + ΔW and nothing else."""
-        idle = self.disable_adapters or self.merged or self._drops(self.acting())
-        return not idle and self.is_plain() and self._folds(self.get_base_layer().weight.device)
+        return self.is_plain() and self._folds(self.get_base_layer().weight.device)
 
     def _in_inference(self, adapters: tuple[str, ...]) -> bool:
         """Whether nothing but the input can be differentiated."""

@@ -91,6 +91,7 @@ class SnellaLayer(DeltaLayer):
         self.snella_sparsity = PreciseBufferDict()
         self.snella_threshold = PreciseBufferDict()
         self._levels: dict[str, Level] = {}
+        self.limits: dict[str, Tensor] = {}
 
     def create_tensors(
         self, adapter: str, config: DeltaConfig, generator: torch.Generator | None
@@ -142,8 +143,8 @@ class SnellaLayer(DeltaLayer):
             kernel=config.kernel,
             p=config.p,
             rule=config.sparsify,
-            limit=self.snella_threshold[adapter] if level.stored else None,
-            level=self.snella_sparsity[adapter] if compiling else None,
+            limit=self.snella_threshold[adapter] if level.stored else self.limits.get(adapter),
+            level=self.snella_sparsity[adapter],
         )
 
     @classmethod

@@ -41,7 +41,7 @@ def run(file: str, cache: Path, *options: str, **variables: str) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("case", ["forward", "backward", "walk"])
+@pytest.mark.parametrize("case", ["forward", "backward", "walk", "grouped"])
 def test_on_the_cpu_through_the_interpreter(case, tmp_path):
     run(f"cases_{case}.py", tmp_path, TRITON_INTERPRET="1")
 
@@ -61,6 +61,6 @@ def test_compiling_every_variant_for_a_gpu(tmp_path):
 @needs_triton
 @needs_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", ["forward", "backward", "walk", "gpu"])
+@pytest.mark.parametrize("case", ["forward", "backward", "walk", "grouped", "gpu"])
 def test_on_a_gpu(case, tmp_path):
     run(f"cases_{case}.py", tmp_path)
