@@ -55,7 +55,7 @@ class Effective:
         kept: Whether it may be kept; if not, what follows is of no use.
         multiply: The base's operation on any weight.
         base: The module that the layer wraps; `inner` the one below other tuners' wrappers.
-        hooks: Offloading hooks of `inner`.
+        hooks: Offloading hooks of `inner`; folding needs none, since there any hook counts.
         settings: `settings_of` the layer.
         device, autocast, lowered: Kind of device, whether autocast was on for it, and the 16-bit
             dtype it lowered products to.
@@ -83,7 +83,11 @@ class Effective:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.folded:
-            return self.multiply(x, self.weight, self.base.bias)  # type: ignore[arg-type]
+            base = self.base
+            # Asking a module for its bias costs as much as all of this.
+            known = "bias" in base._parameters
+            bias: Any = base._parameters["bias"] if known else base.bias
+            return self.multiply(x, self.weight, bias)
         return self.base(x, *args, **kwargs) + self.multiply(x, self.weight, None)
 
     def holds(self, layer: "DeltaLayer", x: Tensor) -> bool:
@@ -93,17 +97,14 @@ class Effective:
             or self.base is not layer._modules["base_layer"]
             or torch.is_autocast_enabled(self.device) is not self.autocast
             or (self.autocast and lowered_to(self.device) is not self.lowered)
-            or self.hooks != hooks_of(self.inner)
+            or (self.origin is None and self.hooks != hooks_of(self.inner))
+            or (self.origin is not None and not self._base_holds(self.origin))
         ):
             return False
         for tensors, name, tensor, version in self.sources:
             if tensors.get(name) is not tensor or tensor._version != version:
                 return False
-        if torch.is_grad_enabled() and any(
-            tensor.requires_grad for _, _, tensor, _ in self.sources
-        ):
-            return False
-        if self.origin is not None and not self._base_holds(self.origin):
+        if torch.is_grad_enabled() and any(source[2].requires_grad for source in self.sources):
             return False
         return not self.contents or self._same_contents()
 
