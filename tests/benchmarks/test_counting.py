@@ -145,3 +145,10 @@ def test_fake_devices_count_like_real_ones():
     counting = device.counting()
     fake = count(lambda: twin(fx), twin.parameters(), (fx, fgy), gradient=fgy, counting=counting)
     assert fake == count(lambda: linear(x), linear.parameters(), (x, gy), gradient=gy)
+
+
+def test_the_backward_peak_is_not_the_forward_passes():
+    x = torch.randn(T, I, requires_grad=True)
+    cost = count(lambda: (torch.randn(100 * T, I).sum() + x).sum(), [], [x])
+    assert cost.peak >= 100 * X
+    assert cost.backward_peak <= 2 * X

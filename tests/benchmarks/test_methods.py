@@ -147,3 +147,11 @@ def test_a_plain_layer_shares_the_factors(base):
     assert isinstance(model.linear, PlainLinear)
     assert model.linear.A is A
     assert model.linear.B is B
+
+
+@pytest.mark.parametrize("method", ["base", "lora", "shira", "plain", "ours"])
+def test_what_a_method_does_not_train_is_frozen(base, method):
+    model = adapt(base, method, TARGETS)
+    weights = {n for n, p in model.named_parameters() if p.shape == (O, I) and p.requires_grad}
+    assert not weights
+    assert not any(p.requires_grad for n, p in model.named_parameters() if n.endswith("bias"))
