@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .apportion import apportion
-from .precision import full
+from .precision import at_hand, full
 from .sparsify import sparsity_for
 
 METRICS = ("ipt", "mag", "w_mag")
@@ -73,6 +73,9 @@ class Allocator:
         self.exact = exact
         self._validate(strict)
         self._smoothed: dict[str, Tensor] = {}  # "<I or U>.<A or B>.<layer>", as in state_dict
+        # The same I and U one after the other, with the shapes of their parts.
+        self._flat: dict[str, Tensor] = {}
+        self._layout: list[tuple[str, torch.Size]] = []
         self._magnitudes: dict[str, float] = {}
         self._scores = dict.fromkeys(self.sizes, math.nan)
         self._keep = self._apportion(self._volume(init_sparsity), self.sizes)
@@ -103,18 +106,31 @@ class Allocator:
             KeyError: unknown layer.
             ValueError: metric "w_mag" without delta, or a shape that changed.
         """
-        if name not in self.sizes:
-            raise KeyError(f"layer {name!r} is unknown; known: {', '.join(self.sizes)}")
+        self.observe_all({name: (A, grad_A, B, grad_B)}, {name: delta})
+
+    def observe_all(
+        self,
+        factors: Mapping[str, tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]],
+        deltas: Mapping[str, Tensor | None] | None = None,
+    ) -> None:
+        """`observe` for several layers, A, its gradient, B and its gradient each, in one go.
+
+        A model has hundreds of small factors: laid out one after the other they cost a few calls.
+        """
+        for name in factors:
+            if name not in self.sizes:
+                raise KeyError(f"layer {name!r} is unknown; known: {', '.join(self.sizes)}")
         if self.metric == "w_mag":
-            self._observe_magnitude(name, delta)
+            for name in factors:
+                self._observe_magnitude(name, (deltas or {}).get(name))
             return
-        new = {"A": self._sensitivity(A, grad_A), "B": self._sensitivity(B, grad_B)}
-        found = {side: P for side, P in new.items() if P is not None}
-        if not found:
-            return
-        finite = torch.stack([P.isfinite().all() for P in found.values()]).all()
-        for side, P in found.items():
-            self._smooth(f"{side}.{name}", P, finite)
+        taken: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for name, (A, grad_A, B, grad_B) in factors.items():
+            for side, p, grad in (("A", A, grad_A), ("B", B, grad_B)):
+                if p is not None and (grad is not None or self.metric == "mag"):
+                    taken[f"{side}.{name}"] = p, grad
+        if taken:
+            self._smooth(taken)
 
     def update(self, step: int) -> dict[str, float] | None:
         """Re-allocate at `step` if the schedule says so.
@@ -168,7 +184,8 @@ class Allocator:
 
     def state_dict(self) -> dict[str, int | float | str | Tensor]:
         """Everything `update` depends on, flat: numbers, strings and tensors by dotted key."""
-        state: dict[str, int | float | str | Tensor] = {"metric": self.metric, **self._smoothed}
+        smoothed = {key: t.clone() for key, t in self._smoothed.items()}
+        state: dict[str, int | float | str | Tensor] = {"metric": self.metric, **smoothed}
         for name, size in self.sizes.items():
             state[f"size.{name}"] = size
             state[f"keep.{name}"] = self._keep[name]
@@ -191,7 +208,8 @@ class Allocator:
                 f"the saved allocator has metric {state.get('metric')!r} and {len(sizes)} layers, "
                 f"this one {self.metric!r} and {len(self.sizes)}; they differ in {differing[:5]}"
             )
-        self._smoothed = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+        self._smoothed = {k: v for k, v in state.items() if k.startswith(("I.", "U."))}
+        self._layout = []
         self._keep = {n: int(state[f"keep.{n}"]) for n in self.sizes}
         self._scores = {n: float(state.get(f"score.{n}", math.nan)) for n in self.sizes}
         self._magnitudes = {
@@ -230,21 +248,55 @@ class Allocator:
     def _volume(self, sparsity: float) -> float:
         return sum((1 - sparsity) * n for n in self.sizes.values())
 
-    def _sensitivity(self, p: Tensor | None, grad: Tensor | None) -> Tensor | None:
-        if p is None or (grad is None and self.metric == "ipt"):
-            return None
-        p = full(p.detach())
-        return p.abs() if self.metric == "mag" or grad is None else (p * full(grad.detach())).abs()
-
-    def _smooth(self, key: str, P: Tensor, finite: Tensor) -> None:
-        zero = torch.zeros_like(P)
-        old_I, old_U = (self._smoothed.get(f"{s}.{key}", zero).to(P) for s in "IU")
-        if old_I.shape != P.shape:
-            raise ValueError(f"{key} was observed as {list(old_I.shape)}, now as {list(P.shape)}")
+    def _smooth(self, taken: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
+        """Take parameters and gradients by "<A or B>.<layer>" into I and U."""
+        shapes = {key: p.shape for key, (p, _) in taken.items()}
+        P = self._sensitivities(taken)
+        old_I, old_U = (self._laid_out(statistic, shapes, P) for statistic in "IU")
         new_I = self.beta1 * old_I + (1 - self.beta1) * P
         new_U = self.beta2 * old_U + (1 - self.beta2) * (P - new_I).abs()
-        self._smoothed[f"I.{key}"] = torch.where(finite, new_I, old_I)
-        self._smoothed[f"U.{key}"] = torch.where(finite, new_U, old_U)
+        if not (at_hand(P) and bool(P.isfinite().all())):
+            finite = self._finite(shapes, P)
+            new_I, new_U = (
+                torch.where(finite, new, old) for new, old in ((new_I, old_I), (new_U, old_U))
+            )
+        for statistic, flat in (("I", new_I), ("U", new_U)):
+            parts = flat.split([shape.numel() for shape in shapes.values()])
+            for (key, shape), part in zip(shapes.items(), parts, strict=True):
+                self._smoothed[f"{statistic}.{key}"] = part.view(shape)
+            self._flat[statistic] = flat
+        self._layout = list(shapes.items())
+
+    def _sensitivities(self, taken: Mapping[str, tuple[Tensor, Tensor | None]]) -> Tensor:
+        """|parameter x gradient|, or |parameter| for metric "mag", one after the other."""
+        p = torch.cat([full(p.detach()).flatten() for p, _ in taken.values()])
+        grads = [grad for _, grad in taken.values() if grad is not None]
+        if self.metric == "mag" or not grads:
+            return p.abs_()
+        return p.mul_(torch.cat([full(grad.detach()).flatten() for grad in grads])).abs_()
+
+    def _laid_out(self, statistic: str, shapes: Mapping[str, torch.Size], like: Tensor) -> Tensor:
+        """I or U of these factors, one after the other; zero for what is new."""
+        if self._layout == list(shapes.items()) and self._flat[statistic].device == like.device:
+            return self._flat[statistic]
+        parts = []
+        for key, shape in shapes.items():
+            old = self._smoothed.get(f"{statistic}.{key}", like.new_zeros(shape))
+            if old.shape != shape:
+                raise ValueError(f"{key} was observed as {list(old.shape)}, now as {list(shape)}")
+            parts.append(old.to(like).flatten())
+        return torch.cat(parts)
+
+    def _finite(self, shapes: Mapping[str, torch.Size], P: Tensor) -> Tensor:
+        """For every entry, whether all of its layer are finite."""
+        layers = {key[2:]: None for key in shapes}
+        place = {name: i for i, name in enumerate(layers)}
+        owners = torch.tensor([place[key[2:]] for key in shapes], device=P.device)
+        sizes = torch.tensor([shape.numel() for shape in shapes.values()], device=P.device)
+        owner = owners.repeat_interleave(sizes, output_size=len(P))
+        broken = torch.zeros(len(layers), dtype=torch.int64, device=P.device)
+        broken.index_add_(0, owner, (~P.isfinite()).long())
+        return broken[owner] == 0
 
     def _observe_magnitude(self, name: str, delta: Tensor | None) -> None:
         if delta is None:
@@ -256,14 +308,15 @@ class Allocator:
     def _raw_scores(self) -> dict[str, float]:
         if self.metric == "w_mag":
             return {name: self._magnitudes.get(name, 0.0) for name in self.sizes}
-        keys = [k[2:] for k in self._smoothed if k.startswith("I.")]
-        products = [
-            (_double(self._smoothed[f"I.{key}"]) * _double(self._smoothed[f"U.{key}"])).mean()
-            for key in keys
-        ]
+        shapes = {k[2:]: t.shape for k, t in self._smoothed.items() if k.startswith("I.")}
+        if not shapes:
+            return dict.fromkeys(self.sizes, 0.0)
+        like = self._smoothed[f"I.{next(iter(shapes))}"]
+        I, U = (_double(self._laid_out(statistic, shapes, like)) for statistic in "IU")
+        parts = (I * U).split([shape.numel() for shape in shapes.values()])
         # Read together: one wait for the device in place of one per factor.
-        values = torch.stack([z.to(products[0].device) for z in products]).tolist() if keys else []
-        mean = dict(zip(keys, values, strict=True))
+        means = torch.stack([part.mean() for part in parts]).tolist()
+        mean = dict(zip(shapes, means, strict=True))
         return {n: mean.get(f"A.{n}", 0.0) + mean.get(f"B.{n}", 0.0) for n in self.sizes}
 
 

@@ -259,7 +259,7 @@ def build_model(
         model.train()
         if config.gradient_checkpointing:
             checkpoint_activations(model)
-        if not config.torch_compile:  # compiled code computes each layer's own
+        if config.torch_compile == "no":  # compiled code computes each layer's own
             group_small_layers(model)
     compile_denoiser(
         components[family.denoiser], config.torch_compile, config.torch_compile_backend

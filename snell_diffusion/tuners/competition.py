@@ -76,13 +76,14 @@ class Competition:
 
     def observe(self) -> None:
         """Read every layer's parameters and gradients, after each optimizer step."""
+        factors, deltas = {}, {}
         for name, layer in self.layers.items():
             A, B = layer.factors(self.adapter)
-            delta = None
+            factors[name] = A.detach(), A.grad, B.detach(), B.grad
             if self.allocator.metric == "w_mag":
                 with torch.no_grad():
-                    delta = layer.get_delta_weight(self.adapter)
-            self.allocator.observe(name, A.detach(), A.grad, B.detach(), B.grad, delta=delta)
+                    deltas[name] = layer.get_delta_weight(self.adapter)
+        self.allocator.observe_all(factors, deltas)
 
     def due(self, step: int) -> bool:
         """Whether the schedule allocates anew at a step; `update` does, once there are scores."""

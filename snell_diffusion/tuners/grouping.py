@@ -9,7 +9,6 @@ is that of the weights served, twice while their gradients are gathered, at most
 found together, too, whatever their base: a hundred layers do not pay a hundred times the launches.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,12 +52,11 @@ class Grouping:
     def _prepare(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
             return
-        # Checkpointed layers run again in the backward pass, when nothing is ready.
-        again = any(vars(part).get("gradient_checkpointing") for part in model.modules())
+        layers, again = linear_layers(model)
         small: dict[Any, list[tuple[SnellaLayer, Member]]] = {}
         large: dict[Any, list[tuple[SnellaLayer, Member]]] = {}
         room = 0 if again else TOTAL_ENTRIES
-        for layer in linear_layers(model):
+        for layer in layers:
             size = layer.in_features * layer.out_features
             fits = size <= min(LAYER_ENTRIES, room) and layer.trains_folded()
             member = _member(layer) if fits or on_gpu(layer) else None
@@ -96,10 +94,15 @@ class Grouping:
         self._served.clear()
 
 
-def linear_layers(model: nn.Module) -> Iterator[SnellaLayer]:
+def linear_layers(model: nn.Module) -> tuple[list[SnellaLayer], bool]:
+    """Those of a model, and whether its parts run again in the backward pass (activation
+    checkpointing), when nothing is ready."""
+    layers, again = [], False
     for part in model.modules():
+        again = again or bool(vars(part).get("gradient_checkpointing"))
         if isinstance(part, SnellaLayer) and part.kind == "linear":
-            yield part
+            layers.append(part)
+    return layers, again
 
 
 def on_gpu(layer: SnellaLayer) -> bool:

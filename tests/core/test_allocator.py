@@ -213,12 +213,30 @@ def test_state_is_plain_and_continues_exactly() -> None:
     assert all(isinstance(v, int | float | str) for v in numbers.values())
     reread = json.loads(json.dumps(numbers, allow_nan=False))
     resumed = allocator()
-    resumed.load_state_dict({**reread, **{k: v.clone() for k, v in tensors.items()}})
+    # A file holds its tensors in an order of its own.
+    resumed.load_state_dict({**reread, **{k: tensors[k].clone() for k in sorted(tensors)}})
     assert resumed.keep() == whole.keep()
     assert resumed.scores() == whole.scores()
     for alloc in (whole, resumed):
         observe(alloc, {"q": 0.3, "k": 0.9, "v": 0.1}, steps=2)
     assert resumed.update(7) == whole.update(7)
+
+
+def test_layers_observed_together_are_as_observed_one_by_one() -> None:
+    one, together = allocator(), allocator()
+    for step in range(3):
+        factors = {name: observation(1.0 + step) for name in SIZES}
+        if step == 1:  # overflowed: this layer is skipped, the others are not
+            factors["q"][1][0] = torch.inf
+            assert not factors["k"][1].isinf().any()
+        for name, pair in factors.items():
+            one.observe(name, *pair)
+        together.observe_all(factors)
+    state, other = one.state_dict(), together.state_dict()
+    assert state.keys() == other.keys()
+    for key, value in state.items():
+        assert torch.equal(value, other[key]) if isinstance(value, Tensor) else value == other[key]
+    assert one.update(5) == together.update(5)
 
 
 def test_a_fresh_state_and_one_of_w_mag_load() -> None:

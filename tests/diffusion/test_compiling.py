@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from snell_diffusion import SnellaConfig
 from snell_diffusion.core import threshold
+from snell_diffusion.diffusion import setup
 from snell_diffusion.diffusion.compiling import compile_denoiser
 from snell_diffusion.diffusion.training import run
 from snell_diffusion.errors import SnellaConfigError
@@ -118,3 +119,20 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one(
     found = [[e["loss"] for e in r.history if e["event"] == "step"] for r in (fast, plain)]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
     assert not [e for e in fast.history if "failed" in str(e.get("message"))]
+
+
+@pytest.mark.parametrize(("compiled", "shared"), [("no", True), ("blocks", False)])
+def test_small_layers_share_their_work_unless_code_is_compiled(
+    compiled: str, shared: bool, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "compile_denoiser", lambda *_: None)  # to look into the model
+    settings = config(tiny_base, tmp_path, rank=16, torch_compile=compiled)
+    unet = setup.build_model(settings, torch.device("cpu")).components["unet"]
+    found: list[bool] = []
+
+    def look(*_: Any) -> None:
+        found.extend(layer.ready is not None for _, layer in delta_layers(unet))
+
+    unet.conv_out.register_forward_pre_hook(look)
+    unet(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, 4, 32))
+    assert set(found) == {shared}
