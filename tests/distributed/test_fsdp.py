@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from snell_diffusion.core import KernelUpdate
 from snell_diffusion.diffusion import training
 from snell_diffusion.diffusion.config import TrainConfig
-from snell_diffusion.tuners import snella
 from tests.distributed.ranks import (
     adapter,
     events,
@@ -56,14 +56,15 @@ def watch_matrices(folder: Path) -> Callable[[int], None]:
     """Note what the masks are computed from, and where the base lies, in `folder`."""
 
     def install(rank: int) -> None:
-        update, finish = snella.update, training.Trainer._finish
+        measure, finish = KernelUpdate.measure, training.Trainer._finish
         seen: dict[str, Any] = {"inputs": [], "shapes": []}
 
-        def watched(A: Tensor, B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            delta = update(A, B, *args, **kwargs)
-            seen["inputs"] += [type(t).__name__ for t in (A, B, delta) if type(t) is DTensor]
-            seen["shapes"].append([A.shape[1], B.shape[1], *delta.shape])
-            return delta
+        def watched(self: Any, params: Any, scratch: Any) -> Any:
+            A, B = params[:2]
+            statistics, w = measure(self, params, scratch)
+            seen["inputs"] += [type(t).__name__ for t in (A, B, *statistics) if type(t) is DTensor]
+            seen["shapes"].append([A.shape[1], B.shape[1], *w.T.shape])
+            return statistics, w
 
         def finished(self: Any) -> Any:
             unet = self._model.denoiser
@@ -79,7 +80,7 @@ def watch_matrices(folder: Path) -> Callable[[int], None]:
             (folder / f"matrices{rank}.json").write_text(json.dumps(seen))
             return finish(self)
 
-        snella.update = watched
+        KernelUpdate.measure = watched  # type: ignore[method-assign]
         training.Trainer._finish = finished  # type: ignore[method-assign]
 
     return install
