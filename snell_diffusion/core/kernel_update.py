@@ -20,9 +20,9 @@ from torch import Tensor
 from .blocks import BlockUpdate, Walk
 from .euclidean import EuclideanBlocks
 from .kernels import PRODUCT_MIN_COLUMNS
-from .precision import full
+from .precision import at_hand, full
 from .scratch import Scratch
-from .select import WHOLE_ENTRIES, streamed_quantile
+from .select import AT_HAND, WHOLE_ENTRIES, streamed_quantile
 from .sparsify import (
     LIVE_AT_ZERO,
     FirstThreshold,
@@ -96,7 +96,8 @@ class KernelUpdate(BlockUpdate):
             return (), None
         walk = self._walk(params, (), [False] * len(params), scratch, None)
         outputs, inputs = self.shape(params)
-        if outputs * inputs > WHOLE_ENTRIES and params[0].dtype != torch.float64:
+        most = WHOLE_ENTRIES * (AT_HAND if at_hand(params[0]) else 1)
+        if outputs * inputs > most and params[0].dtype != torch.float64:
             return self._measure_blocks(params, walk), None
         w: Tensor | None = None
         for columns in self.columns(params):

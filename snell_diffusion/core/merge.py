@@ -43,7 +43,7 @@ def merged_linear(
     Beyond x, y and their gradients a pass holds one matrix [O, I] in the dtype of W0 (forward) or
     two [O, W] for a panel of W columns (backward, see `blocks.PANEL_COLUMNS`), what `delta_fn`
     holds for a block (see `blocks.BLOCK_ENTRIES`) and, forward, up to two float32 matrices of at
-    most `select.WHOLE_ENTRIES` entries while the threshold is found.
+    most `select.WHOLE_ENTRIES` entries (on the CPU one, four times as large) for the threshold.
 
     Args:
         x: Input, [..., I], any strides.

@@ -20,7 +20,9 @@ from .precision import at_hand
 
 WHOLE_ENTRIES = 2**23
 """Matrices above this many entries are selected from by passes over blocks, those below as a whole
-(4 bytes an entry twice, for the time of the selection)."""
+(4 bytes an entry, on most devices twice). Where numbers are at hand the limit is `AT_HAND` times
+as high: one matrix is held there, which becomes the weight, and passes cost more than memory."""
+AT_HAND = 4
 
 _PIECE = 2**16  # entries that are looked at together: they stay in the cache
 _SAMPLE = 2**13
