@@ -2,12 +2,12 @@
 
 A block is some columns of the update Delta [O,I]: whole columns, since the softmax of a mixed
 kernel runs over the outputs. Between forward and backward pass an update is known by its params and
-a few statistics (one number per column and one threshold); no [O,I] intermediate outlives a pass.
+a few numbers (`BlockUpdate.measure`: a threshold); no [O,I] intermediate outlives a pass.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
@@ -247,17 +247,21 @@ class ScaledSum(BlockUpdate):
     def __call__(self, *params: Tensor) -> Tensor:
         if self.splits and not torch.compiler.is_compiling():
             return super().__call__(*params)
-        total: Tensor | None = None
-        for (update, _, scale), own in zip(self.parts, self._split(params), strict=True):
-            delta = update(*own)
-            delta = delta if scale == 1.0 else delta * scale
-            total = delta if total is None else total + delta
-        assert total is not None
-        return total
+        pairs = zip(self.parts, self._split(params), strict=True)
+        return _scaled_sum((update(*own), scale) for (update, _, scale), own in pairs)
 
     def _split(self, values: Sequence[T]) -> list[Sequence[T]]:
         ends = list(accumulate((count for _, count, _ in self.parts), initial=0))
         return [values[start:end] for start, end in pairwise(ends)]
+
+
+def _scaled_sum(terms: Iterable[tuple[Tensor, float]]) -> Tensor:
+    total: Tensor | None = None
+    for delta, scale in terms:
+        delta = delta if scale == 1.0 else delta * scale
+        total = delta if total is None else total + delta
+    assert total is not None
+    return total
 
 
 class _SumWalk(Walk):
@@ -265,13 +269,7 @@ class _SumWalk(Walk):
         self._walks = walks
 
     def delta(self, columns: slice) -> Tensor:
-        total: Tensor | None = None
-        for walk, scale in self._walks:
-            delta = walk.delta(columns)
-            delta = delta if scale == 1.0 else delta * scale
-            total = delta if total is None else total + delta
-        assert total is not None
-        return total
+        return _scaled_sum((walk.delta(columns), scale) for walk, scale in self._walks)
 
     def fold_into(self, out: Tensor, columns: slice, weight: Tensor | None, scale: float) -> None:
         if len(self._walks) > 1:

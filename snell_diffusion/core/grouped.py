@@ -7,9 +7,10 @@ than in `merged_linear` all W_g [O, I] are held until their gradients are there,
 layers whose weights are few. Shapes: H heads, I inputs, O outputs, q columns per head.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,10 +20,7 @@ from .euclidean import EuclideanBlocks
 from .kernel_update import KernelUpdate
 from .precision import no_autocast
 from .scratch import Scratch
-from .sparsify import LIVE_AT_ZERO, all_zero, threshold, weigh
-from .triton.fused import attempt, serves
-
-T = TypeVar("T")
+from .sparsify import all_zero, threshold
 
 _ALL = slice(None)
 
@@ -59,24 +57,21 @@ def grouped_thresholds(members: Sequence[Member]) -> tuple[Tensor, ...] | None:
 
     None where the fused kernels do not serve: there a layer's own is as cheap.
     """
-    first = members[0]
-    if not serves(first.params[0], first.update.kernel, first.update.p):
-        return None
+    params = [p for member in members for p in member.params]
 
-    def find() -> tuple[Tensor, ...]:
-        params = [p for member in members for p in member.params]
+    def find() -> tuple[Tensor, ...] | None:
         return _fused_cut(members, _fused_group(members, params))[0].unbind(0)
 
-    with torch.no_grad(), no_autocast(first.params[0].device):
-        return attempt(first.params[0].device, find, lambda: None)
+    with torch.no_grad(), no_autocast(params[0].device):
+        return members[0].update.attempt(params[0], find, lambda: None)
 
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, members: tuple[Member, ...], *params: Tensor) -> tuple[Tensor, ...]:
         with no_autocast(params[0].device):
-            way = _attempt(members, _forward_fused, _forward)
-            weights, statistics = way(members, params)
+            ways = (partial(way, members, params) for way in (_forward_fused, _forward))
+            weights, statistics = members[0].update.attempt(params[0], *ways)
         ctx.members = members
         ctx.save_for_backward(*params, *statistics)
         return weights
@@ -90,24 +85,13 @@ class _Grouped(torch.autograd.Function):
         params, statistics = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         wanted = ctx.needs_input_grad[1 : 1 + kinds]
         with no_autocast(params[0].device):
-            way = _attempt(members, _backward_fused, _backward)
-            found = way(members, params, statistics, gradients, wanted)
+            given = members, params, statistics, gradients, wanted
+            ways = (partial(way, *given) for way in (_backward_fused, _backward))
+            found = members[0].update.attempt(params[0], *ways)
         by_kind = [g.unbind(0) if g is not None else None for g in found]
         return None, *(
             None if kind is None else kind[g] for g in range(len(members)) for kind in by_kind
         )
-
-
-def _attempt(members: Sequence[Member], fused: Callable[..., T], plain: Callable[..., T]) -> Any:
-    """The function that works here, the plain one also if a launch fails."""
-    first = members[0]
-    if not serves(first.params[0], first.update.kernel, first.update.p):
-        return plain
-
-    def run(*args: Any) -> T:
-        return attempt(args[1][0].device, lambda: fused(*args), lambda: plain(*args))
-
-    return run
 
 
 def _forward(
@@ -115,7 +99,7 @@ def _forward(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     w = _blocks(members, params, [False] * len(params), Scratch()).dense(_ALL)
     statistics = _statistics(members, w)
-    delta, _ = _weigh(w, statistics, members[0].update)
+    delta, _ = members[0].update.weigh(w, statistics)
     pairs = zip(members, delta, strict=True)
     return tuple(torch.add(m.weight, d, alpha=m.scale) for m, d in pairs), statistics
 
@@ -130,7 +114,7 @@ def _backward(
     scratch = Scratch()
     blocks = _blocks(members, params, wanted, scratch)
     w = blocks.dense(_ALL)
-    _, factor = _weigh(w, statistics, members[0].update)
+    _, factor = members[0].update.weigh(w, statistics)
     gw = scratch.take("gw", w.shape, w)
     for g, (one, member) in enumerate(zip(gradients, members, strict=True)):
         if one is None:
@@ -147,7 +131,7 @@ def _forward_fused(
     from .triton import ops
 
     group, update = _fused_group(members, params), members[0].update
-    cut = _fused_cut(members, group) if update.rule != "none" else None
+    cut = _fused_cut(members, group) if update.has_threshold else None
     weights = [member.weight for member in members]
     out = [torch.empty_like(weight) for weight in weights]
     ops.write(group, cut, _scales(members, params[0]), weights, out, update.rule)
@@ -211,15 +195,11 @@ def _blocks(
     return EuclideanBlocks(stacked, signs, wanted[: len(stacked)], scratch)
 
 
-def _weigh(w: Tensor, statistics: Sequence[Tensor], update: KernelUpdate) -> tuple[Tensor, Tensor]:
-    return weigh(w, statistics[0], update.rule, statistics[1] if len(statistics) > 1 else None)
-
-
 def _statistics(members: Sequence[Member], w: Tensor) -> tuple[Tensor, ...]:
-    """Thresholds [G, 1, 1] and, for rules that live at zero, which matrices are zero."""
-    rule = members[0].update.rule
+    """What `KernelUpdate.measure` gives of every layer, [G, 1, 1] each."""
+    update = members[0].update
+    if not update.has_threshold:
+        return ()
     limits = [threshold(one, m.update.sparsity) for m, one in zip(members, w, strict=True)]
-    found = [torch.stack(limits).view(-1, 1, 1)]
-    if rule in LIVE_AT_ZERO and rule != "none":
-        found.append(torch.stack([all_zero(one) for one in w]).view(-1, 1, 1))
-    return tuple(found)
+    zeros = [all_zero(one) for one in w] if update.lives_at_zero else []
+    return tuple(torch.stack(found).view(-1, 1, 1) for found in (limits, zeros) if found)

@@ -9,10 +9,10 @@ of a block; blocks are [O, W], as in the weight of a Linear.
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ from .sparsify import (
 )
 from .triton.fused import attempt, serves
 from .update import dense, update
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,29 +63,43 @@ class KernelUpdate(BlockUpdate):
 
     @property
     def statistics(self) -> int:  # type: ignore[override]
-        return int(self._has_threshold) + int(self._lives_at_zero)
+        return int(self.has_threshold) + int(self.lives_at_zero)
 
     @property
-    def _has_threshold(self) -> bool:
+    def has_threshold(self) -> bool:
+        """Whether anything can be dropped."""
         return self.rule != "none" or self.limit is not None
+
+    @property
+    def lives_at_zero(self) -> bool:
+        """Whether a matrix that is zero everywhere is a case of its own."""
+        return self.rule in LIVE_AT_ZERO and self.rule != "none"
 
     def shape(self, params: Sequence[Tensor]) -> tuple[int, int]:
         return params[1].shape[1], params[0].shape[1]
 
     def measure(self, params: Sequence[Tensor], scratch: Scratch) -> tuple[tuple[Tensor, ...], Any]:
         """The threshold, for `mask` and `soft` also whether w is zero everywhere; and w [O, I]."""
-        if not serves(params[0], self.kernel, self.p):
-            return self._measure(params, scratch)
         plain = partial(self._measure, params, scratch)
-        return attempt(params[0].device, partial(self._measure_fused, params), plain)
+        return self.attempt(params[0], partial(self._measure_fused, params), plain)
+
+    def attempt(self, A: Tensor, fused: Callable[[], T], plain: Callable[[], T]) -> T:
+        """fused() where the fused kernels serve this update and start, else plain()."""
+        return attempt(A.device, fused, plain) if serves(A, self.kernel, self.p) else plain()
+
+    def weigh(self, w: Tensor, statistics: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """`sparsify.weigh` by what was measured: any part of w or, with statistics [G, 1, 1], of a
+        stack."""
+        t = statistics[0] if statistics else w.new_zeros(())
+        return weigh(w, t, self.rule, statistics[1] if len(statistics) > 1 else None)
 
     def _measure_fused(self, params: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Any]:
         from .triton import walk
 
         group = walk.prepare(params, self.signs)
-        if not self._has_threshold:
+        if not self.has_threshold:
             return (), group
-        if self.limit is not None and not self._lives_at_zero:
+        if self.limit is not None and not self.lives_at_zero:
             return (self.limit,), group
         t, is_zero = walk.measure(group, self.sparsity)
         found = (t if self.limit is None else self.limit, is_zero)
@@ -92,7 +108,7 @@ class KernelUpdate(BlockUpdate):
     def _measure(
         self, params: Sequence[Tensor], scratch: Scratch
     ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        if not self._has_threshold:
+        if not self.has_threshold:
             return (), None
         walk = self._walk(params, (), [False] * len(params), scratch, None)
         outputs, inputs = self.shape(params)
@@ -106,7 +122,7 @@ class KernelUpdate(BlockUpdate):
             w[:, columns] = block
         assert w is not None
         t = threshold(w, self.sparsity) if self.limit is None else self.limit
-        return (t, *([all_zero(w)] if self._lives_at_zero else [])), w
+        return (t, *([all_zero(w)] if self.lives_at_zero else [])), w
 
     def by_products(self, A: Tensor) -> bool:
         """Whether blocks come from matrix products, `euclidean.EuclideanBlocks`."""
@@ -128,14 +144,10 @@ class KernelUpdate(BlockUpdate):
         if t is None:
             size = math.prod(self.shape(params))
             t = streamed_quantile(magnitudes, size, self.sparsity, params[0].device)
-        if not self._lives_at_zero:
+        if not self.lives_at_zero:
             return (t,)
         largest = torch.stack([block.amax() for block in magnitudes()])
         return t, all_zero(largest)
-
-    @property
-    def _lives_at_zero(self) -> bool:
-        return self.rule in LIVE_AT_ZERO and self.rule != "none"
 
     def walk(
         self,
@@ -195,10 +207,9 @@ class _Walk(Walk):
         scratch: Scratch,
         kept: Tensor | None,
     ) -> None:
-        self.rule, self.params, self.wanted = update.rule, params, wanted
+        self._update, self._statistics = update, statistics
+        self.params, self.wanted = params, wanted
         self.scratch, self.kept = scratch, kept
-        self._t = statistics[0] if statistics else torch.zeros((), device=params[0].device)
-        self._live = statistics[1] if len(statistics) > 1 else None
         self._factor: Tensor | None = None
 
     @abstractmethod
@@ -211,7 +222,7 @@ class _Walk(Walk):
 
     def delta(self, columns: slice) -> Tensor:
         w = self.dense(columns) if self.kept is None else self.kept[:, columns]
-        delta, self._factor = weigh(w, self._t, self.rule, self._live)
+        delta, self._factor = self._update.weigh(w, self._statistics)
         return delta
 
     def pull(self, gdelta: Tensor) -> None:
@@ -224,7 +235,6 @@ class _PlainWalk(_Walk):
 
     def __init__(self, update: KernelUpdate, *rest: Any) -> None:
         super().__init__(update, *rest)
-        self._update = update
         self._gradients: list[Tensor | None] = [
             torch.zeros_like(p) if wanted else None
             for p, wanted in zip(self.params, self.wanted, strict=True)
@@ -261,14 +271,13 @@ class _ProductWalk(_Walk):
 
     def __init__(self, update: KernelUpdate, *rest: Any) -> None:
         super().__init__(update, *rest)
-        self._signs = update.signs
         self._blocks: EuclideanBlocks | None = None
 
     @property
     def _euclidean(self) -> "EuclideanBlocks":
         if self._blocks is None:  # a walk that was given w never asks
             stacked = [p.unsqueeze(0) for p in self.params]
-            signs = self._signs.unsqueeze(0)
+            signs = self._update.signs.unsqueeze(0)
             self._blocks = EuclideanBlocks(stacked, signs, self.wanted, self.scratch)
         return self._blocks
 

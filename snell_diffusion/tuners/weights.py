@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from snell_diffusion.core.precision import HALVES
+
 __all__ = [
     "HALVES",
     "TOLERATED_LOSS",
@@ -20,7 +22,6 @@ __all__ = [
     "untouched",
 ]
 
-HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float64, torch.float32, *HALVES)
 TOLERATED_LOSS = 0.05
 """Share of an update (Frobenius norms) that rounding W0 + ΔW may lose: above it fusing warns, and
