@@ -8,6 +8,7 @@ MOST_MULTIPLY_ADDS are counted from fake tensors and not timed on a CPU; a GPU t
 """
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -103,14 +104,21 @@ def compare(linear: Linear, used_by: list[str], run: Run) -> Entry:
     return {"used_by": used_by, "linear": list(linear), **found}
 
 
-def _measured(linear: Linear, methods: list[str], run: Run) -> Entry:
-    dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
+def linear_steps(
+    linear: Linear, methods: Sequence[str], device: torch.device
+) -> dict[str, LinearStep]:
+    """Every method on the same random Linear, input and gradient; bfloat16 on a GPU."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
-    with run.device:
+    with device:
         base = LinearModel(linear.inputs, linear.outputs, dtype)
         x = torch.randn(linear.tokens, linear.inputs, dtype=dtype, requires_grad=True)
         gy = torch.randn(linear.tokens, linear.outputs, dtype=dtype)
-    steps = {m: LinearStep(base, m, x, gy) for m in methods}
+    return {m: LinearStep(base, m, x, gy) for m in methods}
+
+
+def _measured(linear: Linear, methods: list[str], run: Run) -> Entry:
+    steps = linear_steps(linear, methods, run.device)
     trained = {m: step for m, step in steps.items() if step.trains}
     return {
         "seconds": run.time(steps),

@@ -11,9 +11,7 @@ grow with the weights alone.
 import sys
 from functools import partial
 
-import torch
-
-from benchmarks.layers import LinearModel, LinearStep
+from benchmarks.layers import linear_steps
 from benchmarks.results import Entry
 from benchmarks.section import Measure, Run, main
 from benchmarks.shapes import Linear
@@ -35,13 +33,7 @@ def sweep(linears: list[Linear], run: Run) -> Entry:
 
 
 def _point(linear: Linear, run: Run) -> Entry:
-    dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
-    torch.manual_seed(0)
-    with run.device:
-        base = LinearModel(linear.inputs, linear.outputs, dtype)
-        x = torch.randn(linear.tokens, linear.inputs, dtype=dtype, requires_grad=True)
-        gy = torch.randn(linear.tokens, linear.outputs, dtype=dtype)
-    steps = {m: LinearStep(base, m, x, gy) for m in COMPARED}
+    steps = linear_steps(linear, COMPARED, run.device)
     return {
         "linear": list(linear),
         "seconds": run.time(steps, times=1 if run.quick else 2),
