@@ -1,0 +1,25 @@
+"""The page: its tabs in order; what is in a tab is in tabs/."""
+
+from collections.abc import Callable
+
+import gradio as gr
+
+from snell_diffusion.app.shared import Shared
+from snell_diffusion.app.workspace import App
+
+INTRO = """# SNELLA
+Teach a text-to-image model your subject from a few photos. Everything stays on this machine."""
+TABS: tuple[tuple[str, str, Callable[[Shared], None]], ...] = ()
+
+
+def build(app: App) -> gr.Blocks:
+    """The page over the given app; not launched yet."""
+    with gr.Blocks(title="SNELLA", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        gr.Markdown(INTRO)
+        with gr.Tabs() as tabs:
+            shared = Shared(app, page, tabs, gr.State(None))
+            for name, label, fill in TABS:
+                with gr.Tab(label, id=name, elem_id=f"tab-{name}") as tab:
+                    fill(shared)
+                shared.connect(name, tab)
+    return page

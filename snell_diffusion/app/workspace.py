@@ -1,0 +1,70 @@
+"""Who owns what: a workspace per user, and the one app that all of them share."""
+
+import hashlib
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from snell_diffusion.app.jobs import SCRIPT, Jobs
+from snell_diffusion.app.limits import LIMITS, Limits
+from snell_diffusion.app.studio import Studio
+
+OWNER = "local"  # folder of the person at this machine, who needs no name
+
+
+class Workspace:
+    """All that one user has: nothing of it can be named from another workspace.
+
+    Args:
+        root: Folder of this user.
+        script: Training script.
+    """
+
+    def __init__(self, root: Path, script: Path = SCRIPT) -> None:
+        self.root = root
+        self.jobs = Jobs(root / "runs", script)
+
+
+class Workspaces:
+    """The workspaces of all users below one root folder.
+
+    Args:
+        root: Holds one folder per user.
+        script: Training script.
+    """
+
+    def __init__(self, root: Path, script: Path = SCRIPT) -> None:
+        self.root = root.resolve()
+        self._script = script
+        self._made: dict[str, Workspace] = {}
+        self._lock = threading.Lock()
+
+    def of(self, username: str | None) -> Workspace:
+        """The workspace of a user; None is the person at this machine.
+
+        Folders are named by a digest, so no letter of a name reaches the disk.
+        """
+        name = OWNER if username is None else hashlib.sha256(username.encode()).hexdigest()[:32]
+        with self._lock:
+            if name not in self._made:
+                self._made[name] = Workspace(self.root / name, self._script)
+            return self._made[name]
+
+
+@dataclass
+class App:
+    """What every tab and endpoint works on.
+
+    Attributes:
+        workspaces: Of all users.
+        studio: The one worker that owns the pipelines.
+        recipe: Training settings that the page does not ask for.
+        exposed: Whether the page can be reached from other machines.
+        limits: Bounds of what may be asked for.
+    """
+
+    workspaces: Workspaces
+    studio: Studio
+    recipe: Path
+    exposed: bool = False
+    limits: Limits = field(default_factory=lambda: LIMITS)

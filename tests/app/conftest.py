@@ -1,0 +1,56 @@
+"""A really launched page over a tiny random base model, one per test module."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from snell_diffusion.app import launch
+from snell_diffusion.app.page import build
+from snell_diffusion.app.studio import Studio
+from snell_diffusion.app.workspace import App, Workspaces
+from tests import tiny_models
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running page: its address, what it works on, and the folder of its workspaces."""
+
+    address: str
+    app: App
+    root: Path
+
+
+@pytest.fixture(scope="module")
+def tiny_base(tmp_path_factory):
+    """Folder of a random Stable Diffusion of 32 x 32 pixels."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_models.pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_app(tiny_base, tmp_path_factory):
+    """An App over the tiny base, without a page."""
+    folder = tmp_path_factory.mktemp("app")
+    recipe = {
+        "pretrained_model_name_or_path": str(tiny_base),
+        "resolution": 32,
+        "rank": 4,
+        "train_batch_size": 1,
+        "num_inference_steps": 2,
+        "learning_rate": 1e-2,
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return App(Workspaces(folder / "runs"), Studio(tiny_base), folder / "recipe.yaml")
+
+
+@pytest.fixture(scope="module")
+def page_server(tiny_app):
+    """The page of `tiny_app`, served on a free port of 127.0.0.1."""
+    page = build(tiny_app)
+    page.queue(max_size=tiny_app.limits.queue, default_concurrency_limit=1)
+    address = launch(page, None, wait=False)
+    yield Server(address, tiny_app, tiny_app.workspaces.root)
+    page.close()
