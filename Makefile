@@ -15,7 +15,7 @@ export TORCH_INDEX
 export GRADIO_ANALYTICS_ENABLED := False
 
 .PHONY: help setup demo demo-dit test test-full reliability defences lint format app docs
-.PHONY: bench bench-gpu
+.PHONY: bench bench-gpu browser app-test
 
 help:
 	@echo "make demo       train SNELLA on photos of a cup and draw one picture, runs/demo/demo.png"
@@ -26,6 +26,7 @@ help:
 	@echo "make bench      time, bytes and operations of all methods, to docs/performance.md"
 	@echo "make bench-gpu  the same on an NVIDIA GPU"
 	@echo "make app        the page, on http://127.0.0.1:7860"
+	@echo "make app-test   its tests, also the slow ones, in a real browser that it installs"
 	@echo "make lint       ruff and mypy           make format     rewrite the code with ruff"
 	@echo "make docs       regenerate the generated pages and pictures under docs/"
 
@@ -71,6 +72,12 @@ format: $(READY)
 
 app: $(READY)
 	$(BIN)/python app.py
+
+browser:
+	$(PYTHON) scripts/setup_browser.py
+
+app-test: $(READY) browser
+	SNELL_REQUIRE_BROWSER=1 $(PYTEST) -m "not gpu" tests/app
 
 docs: $(READY)
 	$(BIN)/python scripts/draw_snella.py

@@ -21,6 +21,11 @@ DREAMBOOTH = ROOT.parent / "shared" / "dreambooth"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, help="how often the kill tests kill; default 12 or 60")
     parser.addoption("--seed", type=int, help="seed of the tests that draw at random; printed")
+    parser.addoption(
+        "--publish-screenshots",
+        action="store_true",
+        help="copy the browser tests' pictures of the page to docs/images/",
+    )
 
 
 def pytest_configure() -> None:
