@@ -2,9 +2,12 @@
 
 import hashlib
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from snell_diffusion.app.drafts import Drafts
 from snell_diffusion.app.jobs import SCRIPT, Jobs
 from snell_diffusion.app.limits import LIMITS, Limits
 from snell_diffusion.app.studio import Studio
@@ -22,6 +25,7 @@ class Workspace:
 
     def __init__(self, root: Path, script: Path = SCRIPT) -> None:
         self.root = root
+        self.drafts = Drafts(root / "drafts")
         self.jobs = Jobs(root / "runs", script)
 
 
@@ -38,6 +42,7 @@ class Workspaces:
         self._script = script
         self._made: dict[str, Workspace] = {}
         self._lock = threading.Lock()
+        self._starting = threading.RLock()
 
     def of(self, username: str | None) -> Workspace:
         """The workspace of a user; None is the person at this machine.
@@ -45,10 +50,30 @@ class Workspaces:
         Folders are named by a digest, so no letter of a name reaches the disk.
         """
         name = OWNER if username is None else hashlib.sha256(username.encode()).hexdigest()[:32]
+        return self._named(name)
+
+    def _named(self, name: str) -> Workspace:
         with self._lock:
             if name not in self._made:
-                self._made[name] = Workspace(self.root / name, self._script)
+                self._made[name] = Workspace(
+                    self.root / name,
+                    self._script,
+                    self._starting,
+                    lambda: self.training() is not None,
+                )
             return self._made[name]
+
+    def training(self) -> tuple[str, str] | None:
+        """(folder of the user, id) of the run that trains on this server, None while none does.
+
+        Users that did not come back since the server started count too.
+        """
+        with self._starting:
+            for runs in sorted(self.root.glob("*/runs")):
+                job = self._named(runs.parent.name).jobs.active()
+                if job is not None:
+                    return runs.parent.name, job
+        return None
 
 
 @dataclass
