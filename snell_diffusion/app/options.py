@@ -29,7 +29,7 @@ class Options:
         runs: Folder of everything users make; made here.
         host: Address to listen on.
         port: 1 to 65535, or None for the first free one from 7860.
-        bases: (name, diffusers folder or hub id) of base models besides the embedded ones.
+        bases: NAME=FOLDER_OR_HUB_ID of each base model besides the embedded ones.
         public_names: Host names under which a reverse proxy serves the page.
         accounts: Password by user name; empty: no sign-in.
         limits: Bounds of what may be asked for.
@@ -39,7 +39,7 @@ class Options:
     runs: Path = Path("runs/app")
     host: str = LOOPBACK
     port: int | None = None
-    bases: tuple[tuple[str, str], ...] = ()
+    bases: tuple[str, ...] = ()
     public_names: tuple[str, ...] = ()
     accounts: Mapping[str, str] = field(default_factory=dict, repr=False)
     limits: Limits = LIMITS
@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         help="host name under which a reverse proxy serves the page; may be repeated",
     )
     add("--quota", type=float, metavar="GB", help="disk space of each user's runs and adapters")
-    add("--upload", type=int, metavar="MB", help="size of one uploaded file")
+    add("--upload", type=int, metavar="MB", help="size of an uploaded adapter file")
     add("--open", action="store_true", help="open the page in the browser")
     return parser
 
@@ -122,14 +122,14 @@ def _options(given: argparse.Namespace) -> Options:
     if given.quota is not None:
         limits = replace(limits, quota_bytes=_within("--quota", given.quota, 0.01, 10_000, GIB))
     if given.upload is not None:
-        limits = replace(limits, upload_bytes=_within("--upload", given.upload, 1, 4096, MIB))
+        limits = replace(limits, adapter_bytes=_within("--upload", given.upload, 1, 4096, MIB))
     if given.port is not None:
         _within("--port", given.port, 1, 65535)
     return Options(
         runs=given.runs,
         host=given.host,
         port=given.port,
-        bases=tuple(parse_base(text) for text in given.bases),
+        bases=tuple(given.bases),
         public_names=tuple(parse_name(text) for text in given.names),
         accounts=read_accounts(given.auth_file, os.environ.get(ACCOUNTS, "")),
         limits=limits,
@@ -141,20 +141,6 @@ def _within(option: str, value: float, low: float, high: float, unit: int = 1) -
     if not low <= value <= high:
         raise SnellaValueError(f"{option} must be {low} to {high}, got {value}")
     return int(value * unit)
-
-
-def parse_base(text: str) -> tuple[str, str]:
-    """NAME=FOLDER_OR_HUB_ID in two.
-
-    Raises:
-        SnellaValueError: Not of this form.
-    """
-    name, separator, source = text.partition("=")
-    if not (name.strip() and separator and source.strip()):
-        raise SnellaValueError(
-            f"--base takes NAME=FOLDER_OR_HUB_ID, such as mine=models/mine, got {quoted(text)}"
-        )
-    return name.strip(), source.strip()
 
 
 def parse_name(text: str) -> str:
