@@ -1,68 +1,83 @@
-"""The Gradio page: photos in, train on the embedded base, draw with and without the adapter.
+"""The Gradio page: photos in, train, draw with and without the adapter (docs/app.md).
 
-Needs the extra `app`. It listens on 127.0.0.1 only and has no sharing.
+Needs the extra `app`. It listens on 127.0.0.1 unless it is told otherwise, and shares nothing.
 """
 
-import argparse
+import os
+import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from snell_diffusion.app.actions import Actions
-from snell_diffusion.app.jobs import SCRIPT, Jobs
-from snell_diffusion.app.studio import Studio
 from snell_diffusion.versions import require
 
-RECIPE = SCRIPT.parent / "configs" / "dreambooth" / "demo.yaml"
-LIMITS = {
-    "share": False,
-    "max_file_size": "10mb",
-    "allowed_paths": [],
-    "strict_cors": True,
-    "enable_monitoring": False,
-    "show_error": False,
-    "run_history": False,
-    "max_threads": 8,
-    "state_session_capacity": 64,
-    "mcp_server": False,
-    "ssr_mode": False,
-}
+if TYPE_CHECKING:
+    from snell_diffusion.app.options import Options
+    from snell_diffusion.app.workspace import App
+
+__all__ = ["launch", "main", "make_app", "make_page"]
 
 
-def make_page(root: Path, base: str | Path, recipe: Path = RECIPE, script: Path = SCRIPT) -> Any:
-    """The page over runs in `root`, drawing with the diffusers folder `base`; not launched yet.
+def make_app(options: "Options") -> "App":
+    """What the page works on: the workspaces, the base models and the worker that draws.
+
+    Raises:
+        SnellaError: A base model is not there or is of no known kind.
+    """
+    from snell_diffusion.app.bases import Bases
+    from snell_diffusion.app.jobs import SCRIPT
+    from snell_diffusion.app.studio import Studio
+    from snell_diffusion.app.workspace import App, Workspaces
+
+    bases = Bases.of(options.bases, options.limits)
+    return App(
+        Workspaces(options.runs, bases=bases, limits=options.limits),
+        Studio(bases, options.limits),
+        SCRIPT.parent / "configs" / "dreambooth" / "demo.yaml",
+        options.exposed,
+        options.limits,
+    )
+
+
+def make_page(app: "App") -> Any:
+    """The page over an app; not launched yet.
 
     Raises:
         ImportError: gradio is not installed, or too old.
     """
-    require("gradio")
-    from snell_diffusion.app.layout import build
+    _prepare()
+    from snell_diffusion.app import server
 
-    page = build(Actions(Jobs(root, script), Studio(base), recipe))
-    page.queue(max_size=8, default_concurrency_limit=1)
-    return page
+    return server.make_page(app)
 
 
-def launch(page: Any, port: int | None, *, wait: bool = True) -> str:
-    """Serve the page on 127.0.0.1 and return its address; with `wait`, until it is interrupted.
+def launch(page: Any, options: "Options | None" = None, *, wait: bool = True) -> str:
+    """Serve a page and return its address; with `wait`, until it is interrupted.
 
     Args:
         page: From make_page.
-        port: 1024 to 65535, or None for the first free one from 7860.
+        options: Address, port, names and accounts; default: this machine only, no accounts.
         wait: Block; otherwise the server runs in a thread.
     """
-    _, address, _ = page.launch(
-        server_name="127.0.0.1", server_port=port, prevent_thread_lock=not wait, **LIMITS
-    )
-    return str(address)
+    from snell_diffusion.app import server
+
+    return server.launch(page, options, wait=wait)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of app.py."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--port", type=int, help="port on 127.0.0.1; default: first free from 7860")
-    parser.add_argument("--runs", type=Path, default=Path("runs/app"), help="folder of the runs")
-    options = parser.parse_args(arguments)
-    from snell_diffusion.models import embedded_path
+    from snell_diffusion.app.options import read_options
+    from snell_diffusion.errors import SnellaError
 
-    launch(make_page(options.runs, embedded_path()), options.port)
+    options = read_options(arguments)
+    try:
+        page = make_page(make_app(options))
+    except SnellaError as error:
+        sys.exit(f"app.py: {error}")
+    launch(page, options)
+
+
+def _prepare() -> None:
+    """Set what gradio and the hub read when they are imported: they are to report nothing."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    require("gradio")

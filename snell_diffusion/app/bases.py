@@ -101,18 +101,18 @@ class Bases:
         self._bases = {base.id: base for base in bases}
 
     @classmethod
-    def of(cls, given: Sequence[str] = (), limits: Limits = LIMITS) -> "Bases":
+    def of(cls, given: Sequence[tuple[str, str]] = (), limits: Limits = LIMITS) -> "Bases":
         """The given bases, then the shipped ones.
 
         Args:
-            given: Each NAME=FOLDER_OR_HUB_ID.
+            given: Name, and diffusers folder or hub id, of each.
             limits: Bounds the sides of pictures.
 
         Raises:
-            SnellaError: A text of another form, a name that is taken, or a base that is not there
-                or that this package does not know.
+            SnellaError: A name that cannot be used or is taken, or a base that is not there or that
+                this package does not know.
         """
-        bases = [described(*_split(text), limits) for text in given]
+        bases = [described(name, _located(name, source), limits) for name, source in given]
         bases += [described(name, name, limits) for name in SHIPPED_BASES]
         names = [base.id for base in bases]
         twice = {name for name in names if names.count(name) > 1}
@@ -174,13 +174,12 @@ def described(name: str, source: str, limits: Limits = LIMITS) -> Base:
     )
 
 
-def _split(text: str) -> tuple[str, str]:
-    """NAME=FOLDER_OR_HUB_ID -> (name, folder or id that may exist)."""
-    name, mark, source = text.partition("=")
-    if not mark or not NAME.fullmatch(name) or not source:
+def _located(name: str, source: str) -> str:
+    """A folder made absolute, or a hub id that may exist."""
+    if not NAME.fullmatch(name):
         raise SnellaValueError(
-            f"a base is given as NAME=FOLDER_OR_HUB_ID, with a name of up to 40 letters, digits, "
-            f"'.', '_' and '-'; got {quoted(text)}"
+            "the name of a base has up to 40 letters, digits, '.', '_' and '-'; got "
+            f"{quoted(name)}: give --base NAME=FOLDER_OR_HUB_ID"
         )
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -189,13 +188,13 @@ def _split(text: str) -> tuple[str, str]:
                 f"base {name}: {quoted(source)} has no model_index.json, so it is no diffusers "
                 "model folder; give the folder that save_pretrained wrote"
             )
-        return name, str(folder.resolve())
+        return str(folder.resolve())
     if not HUB_ID.fullmatch(source):
         raise SnellaValueError(
             f"base {name}: {quoted(source)} is neither a folder here nor a hub id of the form "
             "owner/name: check the spelling"
         )
-    return name, source
+    return source
 
 
 def _config(location: str, component: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from snell_diffusion.app.actions import STEP_RANGE, TOKEN, Actions, Progress
 from snell_diffusion.app.photos import MAX_PHOTOS
-from snell_diffusion.app.studio import MAX_PROMPT, MAX_SEED
+from snell_diffusion.app.embedded_studio import MAX_PROMPT, MAX_SEED
 from snell_diffusion.errors import SnellaError
 
 POLL = 2.0  # seconds between two looks at a run

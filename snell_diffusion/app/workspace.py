@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from snell_diffusion.app.bases import Bases
 from snell_diffusion.app.drafts import Drafts
 from snell_diffusion.app.jobs import SCRIPT, Jobs
+from snell_diffusion.app.library import Library
 from snell_diffusion.app.limits import LIMITS, Limits
 from snell_diffusion.app.studio import Studio
 
@@ -21,12 +23,25 @@ class Workspace:
     Args:
         root: Folder of this user.
         script: Training script.
+        lock: Held while a run of any user is being started.
+        busy: Whether a run of any user trains; by default a run of this one.
+        bases: What adapters may fit; by default the shipped ones.
+        limits: Bounds of what is kept.
     """
 
-    def __init__(self, root: Path, script: Path = SCRIPT) -> None:
+    def __init__(
+        self,
+        root: Path,
+        script: Path = SCRIPT,
+        lock: Any = None,
+        busy: Callable[[], bool] | None = None,
+        bases: Bases | None = None,
+        limits: Limits = LIMITS,
+    ) -> None:
         self.root = root
         self.drafts = Drafts(root / "drafts")
-        self.jobs = Jobs(root / "runs", script)
+        self.jobs = Jobs(root / "runs", script, lock, busy)
+        self.library = Library(root / "adapters", self.jobs, bases or Bases.of(), limits)
 
 
 class Workspaces:
@@ -35,11 +50,21 @@ class Workspaces:
     Args:
         root: Holds one folder per user.
         script: Training script.
+        bases: What adapters may fit; by default the shipped ones.
+        limits: Bounds of what is kept.
     """
 
-    def __init__(self, root: Path, script: Path = SCRIPT) -> None:
+    def __init__(
+        self,
+        root: Path,
+        script: Path = SCRIPT,
+        bases: Bases | None = None,
+        limits: Limits = LIMITS,
+    ) -> None:
         self.root = root.resolve()
         self._script = script
+        self._bases = bases or Bases.of()
+        self._limits = limits
         self._made: dict[str, Workspace] = {}
         self._lock = threading.Lock()
         self._starting = threading.RLock()
@@ -60,6 +85,8 @@ class Workspaces:
                     self._script,
                     self._starting,
                     lambda: self.training() is not None,
+                    self._bases,
+                    self._limits,
                 )
             return self._made[name]
 
@@ -93,3 +120,8 @@ class App:
     recipe: Path
     exposed: bool = False
     limits: Limits = field(default_factory=lambda: LIMITS)
+
+    @property
+    def bases(self) -> Bases:
+        """The base models that may be chosen."""
+        return self.studio.bases

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from snell_diffusion.app import launch
+from snell_diffusion.app.bases import Bases, described
 from snell_diffusion.app.page import build
 from snell_diffusion.app.studio import Studio
 from snell_diffusion.app.workspace import App, Workspaces
@@ -43,7 +44,9 @@ def tiny_app(tiny_base, tmp_path_factory):
         "learning_rate": 1e-2,
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return App(Workspaces(folder / "runs"), Studio(tiny_base), folder / "recipe.yaml")
+    bases = Bases([described("tiny", str(tiny_base))])
+    workspaces = Workspaces(folder / "runs", bases=bases)
+    return App(workspaces, Studio(bases), folder / "recipe.yaml")
 
 
 @pytest.fixture(scope="module")
