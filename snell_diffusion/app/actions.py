@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from snell_diffusion.app.jobs import ENDED, Jobs, JobStatus
+from snell_diffusion.app.embedded_studio import Studio
+from snell_diffusion.app.job_record import ENDED, JobStatus
+from snell_diffusion.app.jobs import Jobs
 from snell_diffusion.app.photos import store_photos
-from snell_diffusion.app.studio import Studio
 from snell_diffusion.diffusion.config_files import make_config, read_config
 from snell_diffusion.errors import SnellaError, SnellaValueError
 
@@ -109,8 +110,10 @@ class Actions:
             sentence=sentence(status),
             share=status.step / status.total if status.total else 0.0,
             running=status.state not in ENDED,
-            losses=smooth(self.jobs.losses(job)),
-            samples=_open(sheets[-1]) if sheets else None,
+            losses=smooth(
+                [(e["step"], e["loss"]) for e in self.jobs.events(job) if e["event"] == "step"]
+            ),
+            samples=_open(sheets[-1][1]) if sheets else None,
         )
 
     def stop(self, job: str) -> None:

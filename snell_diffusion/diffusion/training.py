@@ -363,6 +363,7 @@ class Trainer:
             raise NonFiniteError(f"{error}. {self._keep_last_good()}") from error
         if stopped:
             path = self._save_checkpoint()
+            self._save_adapter(self._state.step)
             raise Interrupted(
                 self._stop.signum or 15,
                 f"stopped after step {self._state.step}, the state is in {path}; continue with "
@@ -416,17 +417,23 @@ class Trainer:
                 return f"The last good state is kept in {self._folder.checkpoints.path(steps[-1])}"
             return "No earlier state was saved; set checkpointing_steps to keep one"
 
+    def _save_adapter(self, step: int) -> Path:
+        """Write the adapter file as it is now, after optimizer step `step`; return its path.
+
+        A run that is stopped leaves one too, so that what it learned so far can be drawn with.
+        """
+        components, path = self._model.components, self._folder.path / self._folder.adapter_file
+        if self._parallel.main:
+            with self._feedback.shown_weights(), self._parallel.as_loaded(components):
+                save_result(self._config, self._model.pipe, components, path, step)
+        return path
+
     def _finish(self) -> RunResult:
         """Write adapter, pictures and model card."""
-        components, main = self._model.components, self._parallel.main
         self._tracker.status("saving")
         self._feedback.conclude()
         best = self._state.best
-        adapter = self._folder.path / self._folder.adapter_file
-        if main:
-            with self._feedback.shown_weights(), self._parallel.as_loaded(components):
-                step = self._state.step if best is None else best.step
-                save_result(self._config, self._model.pipe, components, adapter, step)
+        adapter = self._save_adapter(self._state.step if best is None else best.step)
         result = RunResult(
             output_dir=self._folder.path,
             adapter_path=adapter,
@@ -446,7 +453,7 @@ class Trainer:
                 f"{ended} at step {self._state.step}; kept is the best adapter measured, "
                 f"step {best.step}, held-out loss {best.loss:.4f}"
             )
-        if main:
+        if self._parallel.main:
             self._write_card(result)
         self._tracker.event(
             "finished",

@@ -70,7 +70,7 @@ def allocation_picture(events: Sequence[Event], path: Path) -> None:
         path: PNG to write.
     """
     records = [e for e in events if e["event"] == "allocation"]
-    last = sorted(records[-1]["layers"], key=lambda row: _place(row["name"]))
+    last = sorted(records[-1]["layers"], key=lambda row: place_of(row["name"]))
     names = [row["name"] for row in last]
     share = np.array([_shares(e["layers"], names) for e in records])
     figure = Figure(figsize=(max(7, 0.14 * len(names) + 2), 6), layout="constrained")
@@ -109,7 +109,7 @@ def _stage(name: str) -> str:
     return f"{component} {block}" if block in _STAGES else component
 
 
-def _place(name: str) -> tuple[int, int]:
+def place_of(name: str) -> tuple[int, int]:
     """Order through the network: text encoders, then the stages of a UNet; else as listed."""
     component, block = name.split(".")[:2]
     return int(not component.startswith("text")), _STAGES.index(block) if block in _STAGES else 0
