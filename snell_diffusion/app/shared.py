@@ -1,7 +1,8 @@
 """What the tabs of the page have in common."""
 
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,10 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, **HIDDEN}
 
 
 def said(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn this package's errors into the page's; any other error stays a bug with a traceback."""
+    """Turn this package's errors into the page's; any other error stays a bug with a traceback.
+
+    A generator stays one: closing it closes the function's own.
+    """
 
     @functools.wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
@@ -31,7 +35,14 @@ def said(function: Callable[..., Any]) -> Callable[..., Any]:
         except SnellaError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
-    return call
+    @functools.wraps(function)
+    def generate(*arguments: Any, **named: Any) -> Iterator[Any]:
+        try:
+            yield from function(*arguments, **named)
+        except SnellaError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    return generate if inspect.isgeneratorfunction(function) else call
 
 
 @dataclass

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from snell_diffusion.app.workspace import Workspace
 
 HEARTBEAT = 0.5  # seconds after which a caller hears of a request, whether anything happened or not
-GRACE = 2.0  # seconds that the end of a request waits for the worker to be free
 REMEMBERED = 32  # pictures that need not be drawn again
 
 
@@ -53,13 +52,11 @@ class Work:
         plans: What to draw.
         news: Results, then None or the error that ended it.
         cancelled: Set by the one who asked.
-        ended: Set by the worker when it has let go of the pipeline.
     """
 
     plans: Sequence[Plan]
     news: queue.SimpleQueue[Result | BaseException | None]
     cancelled: threading.Event = field(default_factory=threading.Event)
-    ended: threading.Event = field(default_factory=threading.Event)
     phase: Any = "waiting"
     done: int = 0
     started: float = 0.0
@@ -173,9 +170,7 @@ class Studio:
                     raise news
                 yield news
         finally:
-            work.cancelled.set()
-            if work is self._running:
-                work.ended.wait(GRACE)
+            work.cancelled.set()  # and no waiting: iterators may be closed by a server's event loop
 
     def _employ(self) -> None:
         """Start the worker with the first request; it ends with the process."""
@@ -195,7 +190,6 @@ class Studio:
                     self._do(work)
                 finally:
                     self._running = None
-            work.ended.set()
 
     def _do(self, work: Work) -> None:
         work.started = time.monotonic()
