@@ -148,13 +148,15 @@ class Guard:
         headers = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
+        body = None
         try:
             self._admit(scope, headers)
             user = self._user(scope, headers)
             body = await self._body(scope, headers, receive)
             self._own(scope, user, body)
         except Refusal as refusal:
-            await _drain(receive, headers)
+            if body is None:
+                await _drain(receive, headers)
             await _answer(send, refusal)
             return
         passed = receive if body is None else _replay(body, receive)

@@ -27,7 +27,7 @@ class Limits:
         request_bytes: Size of a request that is no upload.
         request_depth: How deep its lists and tables may be nested.
         quota_bytes: Disk space of all that one user has.
-        runs, drafts, adapters: How many of each one user may have; adapters: uploaded ones.
+        runs, drafts: How many of each one user may have.
         cache_bytes: Disk space of uploads and shown pictures of all users, which go after a day.
     """
 
@@ -52,7 +52,6 @@ class Limits:
     quota_bytes: int = 5 * 2**30
     runs: int = 200
     drafts: int = 20
-    adapters: int = 100
     cache_bytes: int = 4 * 2**30
 
 

@@ -25,6 +25,7 @@ DAY = 86_400  # seconds
 PAUSE = 1.0  # seconds that a wrong password costs
 WELCOME = "This page draws pictures with models that were taught a subject. Sign in to go on."
 FIXED: dict[str, Any] = {
+    "quiet": True,  # its greeting recommends a public link
     "share": False,
     "allowed_paths": [],
     "strict_cors": True,
@@ -79,9 +80,11 @@ def launch(made: gr.Blocks, options: Options | None = None, *, wait: bool = True
         options: Address, port, names and accounts; default: this machine only, no accounts.
         wait: Block; otherwise the server runs in a thread.
     """
-    _, address, _ = made.launch(
-        **settings(options or Options(), made.snella), prevent_thread_lock=not wait
-    )
+    options = options or Options()
+    _, address, _ = made.launch(**settings(options, made.snella), prevent_thread_lock=True)
+    print(f"The page is on {address} (Ctrl-C ends it)", flush=True)
+    if wait:
+        made.block_thread()
     return str(address)
 
 

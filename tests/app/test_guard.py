@@ -142,7 +142,7 @@ def cache(tmp_path):
 
 def send_through(guard, path, body=b"", headers=(), method=None, tokens=None, query=b"", more=b""):
     """(status, answer, what reached the app) of one request."""
-    sent, reached = [], []
+    sent, reached, waiting = [], [], [body]
 
     async def app(scope, receive, send):
         reached.append((await receive())["body"])
@@ -151,7 +151,9 @@ def send_through(guard, path, body=b"", headers=(), method=None, tokens=None, qu
         await send({"type": "http.response.body", "body": b"ok " + reached[0] + more})
 
     async def receive():
-        return {"type": "http.request", "body": body, "more_body": False}
+        if not waiting:
+            await asyncio.Event().wait()  # as a client that sends no more
+        return {"type": "http.request", "body": waiting.pop(), "more_body": False}
 
     async def send(message):
         sent.append(message)
@@ -166,7 +168,7 @@ def send_through(guard, path, body=b"", headers=(), method=None, tokens=None, qu
         "app": SimpleNamespace(tokens=tokens or {}, cookie_id="id"),
     }
     guard.app = app
-    asyncio.run(guard(scope, receive, send))
+    asyncio.run(asyncio.wait_for(guard(scope, receive, send), 5))
     assert dict(sent[0]["headers"])[b"x-content-type-options"] == b"nosniff"
     return sent[0]["status"], sent[1]["body"], reached
 
