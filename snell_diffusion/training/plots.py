@@ -135,13 +135,13 @@ def sheet(
         side: Side of a cell in pixels.
     """
     font = ImageFont.load_default(_LABEL)
-    wrapped = [_wrap(text, side, font) for text in column_labels]
-    top = _header(wrapped)
+    headings = [wrapped(text, side, font) for text in column_labels]
+    top = _header(headings)
     left = _left(row_labels)
     width = left + len(column_labels) * (side + _MARGIN)
     canvas = Image.new("RGB", (width, top + len(rows) * (side + _MARGIN)), "white")
     draw = ImageDraw.Draw(canvas)
-    for column, lines in enumerate(wrapped):
+    for column, lines in enumerate(headings):
         place = (left + column * (side + _MARGIN), _MARGIN)
         draw.multiline_text(place, "\n".join(lines), fill="black", font=font, spacing=3)
     for r, (label, pictures) in enumerate(zip(row_labels, rows, strict=True)):
@@ -160,8 +160,8 @@ def _left(row_labels: Sequence[str]) -> int:
     return max(int(font.getlength(text)) for text in labels) + 2 * _MARGIN
 
 
-def _header(wrapped: Sequence[Sequence[str]]) -> int:
-    return max(len(lines) for lines in wrapped) * (_LABEL + 3) + 2 * _MARGIN
+def _header(headings: Sequence[Sequence[str]]) -> int:
+    return max(len(lines) for lines in headings) * (_LABEL + 3) + 2 * _MARGIN
 
 
 def stack_sheets(paths: Sequence[Path], column_labels: Sequence[str], side: int) -> Image.Image:
@@ -176,7 +176,7 @@ def stack_sheets(paths: Sequence[Path], column_labels: Sequence[str], side: int)
         side: Side of their cells in pixels.
     """
     shown, left, font = min(side, _LARGEST_CELL), _left(()), ImageFont.load_default(_LABEL)
-    top = _header([_wrap(text, side, font) for text in column_labels])
+    top = _header([wrapped(text, side, font) for text in column_labels])
     strips = []
     for path in paths:
         with Image.open(path) as image:
@@ -198,7 +198,8 @@ def stack_sheets(paths: Sequence[Path], column_labels: Sequence[str], side: int)
     return canvas
 
 
-def _wrap(text: str, width: int, font: Any) -> list[str]:
+def wrapped(text: str, width: int, font: Any) -> list[str]:
+    """The text in lines of at most `width` pixels in a font, as far as its words allow."""
     lines = [""]
     for word in text.split():
         candidate = f"{lines[-1]} {word}".strip()
