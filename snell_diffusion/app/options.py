@@ -29,7 +29,7 @@ class Options:
         runs: Folder of everything users make; made here.
         host: Address to listen on.
         port: 1 to 65535, or None for the first free one from 7860.
-        bases: NAME=FOLDER_OR_HUB_ID of each base model besides the embedded ones.
+        bases: (name, diffusers folder or hub id) of each base besides the embedded ones.
         public_names: Host names under which a reverse proxy serves the page.
         accounts: Password by user name; empty: no sign-in.
         limits: Bounds of what may be asked for.
@@ -39,7 +39,7 @@ class Options:
     runs: Path = Path("runs/app")
     host: str = LOOPBACK
     port: int | None = None
-    bases: tuple[str, ...] = ()
+    bases: tuple[tuple[str, str], ...] = ()
     public_names: tuple[str, ...] = ()
     accounts: Mapping[str, str] = field(default_factory=dict, repr=False)
     limits: Limits = LIMITS
@@ -129,7 +129,7 @@ def _options(given: argparse.Namespace) -> Options:
         runs=given.runs,
         host=given.host,
         port=given.port,
-        bases=tuple(given.bases),
+        bases=tuple(parse_base(text) for text in given.bases),
         public_names=tuple(parse_name(text) for text in given.names),
         accounts=read_accounts(given.auth_file, os.environ.get(ACCOUNTS, "")),
         limits=limits,
@@ -141,6 +141,20 @@ def _within(option: str, value: float, low: float, high: float, unit: int = 1) -
     if not low <= value <= high:
         raise SnellaValueError(f"{option} must be {low} to {high}, got {value}")
     return int(value * unit)
+
+
+def parse_base(text: str) -> tuple[str, str]:
+    """NAME=FOLDER_OR_HUB_ID in two.
+
+    Raises:
+        SnellaValueError: Not of this form.
+    """
+    name, _, source = text.partition("=")
+    if not (name.strip() and source.strip()):
+        raise SnellaValueError(
+            f"--base takes NAME=FOLDER_OR_HUB_ID, such as mine=models/mine, got {quoted(text)}"
+        )
+    return name.strip(), source.strip()
 
 
 def parse_name(text: str) -> str:

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from snell_diffusion.app import launch
+from snell_diffusion.app import launch, make_page
 from snell_diffusion.app.bases import Bases, described
-from snell_diffusion.app.page import build
 from snell_diffusion.app.studio import Studio
 from snell_diffusion.app.workspace import App, Workspaces
 from tests import tiny_models
@@ -52,8 +51,7 @@ def tiny_app(tiny_base, tmp_path_factory):
 @pytest.fixture(scope="module")
 def page_server(tiny_app):
     """The page of `tiny_app`, served on a free port of 127.0.0.1."""
-    page = build(tiny_app)
-    page.queue(max_size=tiny_app.limits.queue, default_concurrency_limit=1)
-    address = launch(page, None, wait=False)
+    page = make_page(tiny_app)
+    address = launch(page, wait=False)
     yield Server(address, tiny_app, tiny_app.workspaces.root)
     page.close()

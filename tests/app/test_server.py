@@ -1,188 +1,161 @@
-"""The page over HTTP, on a really launched server: train two steps of a tiny random model, draw."""
+"""The page over HTTP, on a really launched server: gradio's settings and what they defend."""
 
-import json
+import asyncio
+import os
+import socket
+import stat
+import subprocess
+import sys
 import time
-import urllib.error
-import urllib.request
+from pathlib import Path
 
+import httpx
 import pytest
-import yaml
-from gradio_client import Client, handle_file
-from gradio_client.exceptions import AppError
-from PIL import Image
 
-from snell_diffusion.app import LIMITS, launch, make_page
-from tests import tiny_models
+from snell_diffusion.app import server
+from snell_diffusion.app.options import Options
+from snell_diffusion.app.server import blocked_paths, prepare_cache, settings, signs_in
 
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """(address, root of the runs) of a page over a tiny random base model."""
-    folder = tmp_path_factory.mktemp("server")
-    tiny_models.pipeline().save_pretrained(folder / "base")
-    recipe = {
-        "pretrained_model_name_or_path": str(folder / "base"),
-        "resolution": 32,
-        "rank": 4,
-        "train_batch_size": 1,
-        "num_inference_steps": 2,
-        "learning_rate": 1e-2,
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    page = make_page(folder / "runs", folder / "base", folder / "recipe.yaml")
-    address = launch(page, None, wait=False)
-    yield address, folder / "runs"
-    page.close()
+ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def client(server):
-    client = Client(server[0], verbose=False)
-    yield client
-    client.close()
+@pytest.fixture
+def web(page_server):
+    with httpx.Client(base_url=page_server.address, timeout=20) as client:
+        yield client
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    paths = [folder / f"{index}.png" for index in range(2)]
-    for index, path in enumerate(paths):
-        Image.radial_gradient("L").rotate(30 * index).convert("RGB").save(path)
-    return [handle_file(path) for path in paths]
+def test_nothing_is_shared_monitored_or_shown_by_accident(tiny_app, monkeypatch):
+    monkeypatch.setenv("GRADIO_SHARE", "True")
+    values = settings(Options(), tiny_app)
+    off = ("share", "enable_monitoring", "show_error", "run_history", "mcp_server", "ssr_mode")
+    assert [values[name] for name in off] == [False] * len(off)
+    assert values["allowed_paths"] == []
+    assert values["strict_cors"] is True
+    assert values["server_name"] == "127.0.0.1"
+    assert values["auth"] is None
+    assert values["num_workers"] == 0
+    assert values["max_threads"] == 8
+    assert values["state_session_capacity"] == 64
 
 
-def train(client, photos, word="cat", steps=2, seed=0):
-    """Id of the run; the endpoint answers with an update of the list of runs."""
-    updates = client.predict(photos, word, steps, seed, api_name="/train")
-    assert updates[0] == updates[1]
-    assert updates[2] == f"a photo of a sks {word} in the snow"
-    return updates[0]["value"]
-
-
-def wait_until_done(client, job):
-    end = time.monotonic() + 240
-    while (status := client.predict(job, api_name="/status"))["running"]:
-        assert time.monotonic() < end, status
-        time.sleep(0.5)
-    return status
-
-
-@pytest.fixture(scope="module")
-def run(client, photos):
-    job = train(client, photos)
-    status = wait_until_done(client, job)
-    assert status["sentence"] == "The run is finished at step 2 of 2.", status
-    return job
-
-
-def draw(client, job, prompt="a photo of a sks cat", seed=0, strength=1.0, own=False, level=0.5):
-    paths = client.predict(job, prompt, seed, strength, own, level, api_name="/generate")
-    pictures = []
-    for path in paths:
-        with Image.open(path) as picture:
-            assert picture.size == (384, 384)  # 32 pixels a side, enlarged
-            pictures.append(picture.convert("RGB").tobytes())
-    return pictures
-
-
-def test_a_run_leaves_its_files_and_a_new_page_lists_it(server, run):
-    visitor = Client(server[0], verbose=False)
-    updates = visitor.predict(api_name="/runs")
-    visitor.close()
-    for update in updates:
-        title, job = update["choices"][0]
-        assert update["value"] == job == run
-        assert title.startswith("cat, 2 photos, 2 steps (")
-    folder = server[1] / run
-    assert (folder / "run" / "pytorch_snella_weights.safetensors").is_file()
-    assert sorted(p.name for p in (folder / "photos").iterdir()) == ["photo-00.png", "photo-01.png"]
-    settings = yaml.safe_load((folder / "settings.yaml").read_text())
-    assert settings["instance_prompt"] == "a photo of a sks cat"
-    assert json.loads((folder / "run" / "status.json").read_text())["state"] == "finished"
-
-
-def test_drawing_compares_base_and_adapter_at_one_seed(client, run):
-    base, adapted = draw(client, run)
-    assert base != adapted
-    assert draw(client, run) == [base, adapted]
-    assert draw(client, run, strength=0.0) == [base, base]
-    assert draw(client, run, own=True, level=1.0) == [base, base]
-    assert draw(client, run, seed=1)[0] != base
+def test_the_page_is_served_on_this_machine_with_its_headers(page_server, web):
+    assert page_server.address.startswith("http://127.0.0.1:")
+    answer = web.get("/")
+    assert answer.status_code == 200
+    assert 'lang="en"' in answer.text
+    assert "frame-ancestors 'self'" in answer.headers["content-security-policy"]
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    config = web.get("/config").json()
+    assert config["enable_queue"] is True
+    assert config["space_id"] is None
+    assert config["analytics_enabled"] is False
+    assert "https://" not in config["stylesheets"]
 
 
 @pytest.mark.parametrize(
-    "wrong, message",
-    [
-        ({"prompt": "   "}, "the prompt is empty"),
-        ({"prompt": "x" * 400}, "400 characters"),
-        ({"seed": 2**40}, "seed|maximum"),
-        ({"strength": 9.0}, "strength|maximum|greater"),
-    ],
+    "path",
+    ["monitoring", "monitoring/x", "docs", "openapi.json", "gradio_api/openapi.json", "x"]
+    + [f"gradio_api/{name}" for name in ("vibe-code/", "runs", "token", "dev/reload")],
 )
-def test_a_bad_request_to_draw_is_answered_with_a_sentence(client, run, wrong, message):
-    with pytest.raises((AppError, ValueError), match=message):
-        draw(client, run, **wrong)
+def test_pages_that_are_not_ours_do_not_exist(web, path):
+    assert web.get(f"/{path}").status_code == 404
 
 
-@pytest.mark.parametrize("job", ["../../etc", "0" * 32, "/etc/passwd", ""])
-@pytest.mark.parametrize("endpoint", ["/status", "/stop", "/generate"])
-def test_only_ids_of_runs_are_taken(client, run, job, endpoint):
-    more = ["a cat", 0, 1.0, False, 0.5] if endpoint == "/generate" else []
-    with pytest.raises(AppError, match=r"run|choices"):
-        client.predict(job, *more, api_name=endpoint)
+def test_files_of_the_server_are_not_served(page_server, web):
+    own = page_server.root / "local" / "private.txt"
+    own.parent.mkdir(exist_ok=True)
+    own.write_text("secret")
+    for path in (own, "/etc/passwd", Path(__file__), page_server.root, "pyproject.toml"):
+        answer = web.get(f"/gradio_api/file={path}")
+        assert answer.status_code == 403
+        assert answer.json() == {"error": "this file is not served"} | {
+            "detail": answer.json()["error"]
+        }
 
 
-@pytest.mark.parametrize(
-    "wrong, message",
-    [
-        ({"word": "cat\nseed: 3"}, "one or two English words"),
-        ({"word": "../cat"}, "one or two English words"),
-        ({"steps": 100_000}, "maximum|steps must be"),
-        ({"photos": []}, "no photos given"),
-    ],
-)
-def test_a_bad_request_to_train_leaves_nothing_behind(server, client, photos, run, wrong, message):
-    before = sorted(server[1].iterdir())
-    with pytest.raises(AppError, match=message):
-        train(client, **{"photos": photos, **wrong})
-    assert sorted(server[1].iterdir()) == before
+def test_an_upload_is_kept_for_its_owner_only(page_server, web):
+    (path,) = web.post("/gradio_api/upload", files={"files": ("a.png", b"bytes")}).json()
+    cache = page_server.root / "cache"
+    assert Path(path).is_relative_to(cache)
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    assert web.get(f"/gradio_api/file={path}").content == b"bytes"
 
 
-def test_a_file_that_is_no_photo_is_named_without_its_place(server, client, tmp_path):
-    page = tmp_path / "page.png"
-    page.write_text("<html></html>")
-    with pytest.raises(AppError, match=r"^page\.png is not a jpg, png or webp") as error:
-        train(client, [handle_file(page)])
-    assert "/" not in str(error.value)
+def test_an_upload_above_the_limit_is_refused(page_server, web):
+    limit = settings(Options(), page_server.app)["max_file_size"]
+    assert limit == page_server.app.limits.adapter_bytes
+    host, port = page_server.address.removeprefix("http://").rstrip("/").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as line:
+        head = "POST /gradio_api/upload HTTP/1.1", f"Host: {host}", f"Content-Length: {2**40}"
+        line.sendall("\r\n".join((*head, "", "")).encode())
+        assert line.recv(100).startswith(b"HTTP/1.1 413")
+    answer = web.post("/gradio_api/upload", content=iter([b"x"]))  # of untold size
+    assert answer.status_code == 411
 
 
-def test_a_file_above_the_limit_is_refused(client, tmp_path):
-    large = tmp_path / "large.png"
-    large.write_bytes(bytes(11 * 2**20))
-    with pytest.raises(Exception, match=r"413|size"):
-        train(client, [handle_file(large)])
+def test_a_cache_is_private_and_cleared_of_what_earlier_servers_left(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setenv("GRADIO_EXAMPLES_CACHE", "")
+    monkeypatch.setenv("GRADIO_ALLOWED_PATHS", "/")
+    cache = tmp_path / "runs" / "cache"
+    for name in ("old", "new"):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "x").write_text("x")
+    cache.chmod(0o755)
+    os.utime(cache / "old", (time.time() - 2 * server.DAY,) * 2)
+    assert prepare_cache(tmp_path / "runs") == cache
+    assert [entry.name for entry in cache.iterdir()] == ["new"]
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    assert os.environ["GRADIO_TEMP_DIR"] == str(cache)
+    assert "GRADIO_ALLOWED_PATHS" not in os.environ
 
 
-def test_files_of_the_server_are_not_served(server, run):
-    address, root = server
-    for path in (root / run / "settings.yaml", root / run / "job.json", "/etc/passwd"):
-        with pytest.raises(urllib.error.HTTPError, match=r"403|404"):
-            urllib.request.urlopen(f"{address}gradio_api/file={path}")
+def test_home_and_working_folder_are_blocked_unless_the_cache_is_inside(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert blocked_paths(tmp_path / "runs" / "cache") == [str(tmp_path / "home")]
+    assert blocked_paths(Path("/elsewhere")) == [str(tmp_path), str(tmp_path / "home")]
 
 
-def test_the_server_is_local_and_shares_nothing(server):
-    assert server[0].startswith("http://127.0.0.1:")
-    assert LIMITS["share"] is False
-    assert LIMITS["allowed_paths"] == []
-    with pytest.raises(urllib.error.HTTPError, match=r"403|404"):
-        urllib.request.urlopen(f"{server[0]}monitoring")
+def test_a_wrong_password_costs_time_however_many_try_at_once(monkeypatch):
+    monkeypatch.setattr(server, "PAUSE", 0.1)
+
+    async def attempts():
+        check = signs_in({"ann": "correct horse"})
+        start = time.monotonic()
+        right = await check("ann", "correct horse")
+        quick = time.monotonic() - start
+        wrong = [("ann", "x"), ("bob", ""), ("bob", "x"), ("ann", "correct hors\u00e9")]
+        answers = await asyncio.gather(*(check(*pair) for pair in wrong))
+        return right, quick, answers, time.monotonic() - start
+
+    right, quick, answers, spent = asyncio.run(attempts())
+    assert right
+    assert quick < 0.1
+    assert answers == [False] * 4
+    assert spent >= 0.4
 
 
-def test_a_run_can_be_stopped_and_a_second_one_waits(client, photos, run):
-    job = train(client, photos, steps=2000)
-    with pytest.raises(AppError, match="a run is going already"):
-        train(client, photos)
-    while "step" not in client.predict(job, api_name="/status")["sentence"]:
-        time.sleep(0.3)
-    client.predict(job, api_name="/stop")
-    assert wait_until_done(client, job)["sentence"].startswith("The run is stopped at step")
+def test_a_page_for_other_machines_does_not_start_without_accounts(tmp_path):
+    command = [sys.executable, "app.py", "--host", "0.0.0.0", "--runs", str(tmp_path / "runs")]
+    environment = {k: v for k, v in os.environ.items() if k != "SNELLA_APP_ACCOUNTS"}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=60)
+    assert ended.returncode == 2
+    assert b"people must sign in" in ended.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_base_that_is_not_there_is_named_before_anything_starts(tmp_path):
+    command = [
+        sys.executable,
+        "app.py",
+        "--base",
+        f"mine={tmp_path}",
+        "--runs",
+        str(tmp_path / "r"),
+    ]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
+    assert ended.returncode == 1
+    assert b"base mine" in ended.stderr
+    assert b"Traceback" not in ended.stderr
