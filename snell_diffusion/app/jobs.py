@@ -149,20 +149,29 @@ class Jobs:
         folder = self.folder(job) / "run" / name
         return list(folder.iterdir()) if folder.is_dir() else []
 
+    def has_adapter(self, job: str) -> bool:
+        """Whether `adapter` has a file to give."""
+        return self._adapter(job) is not None
+
     def adapter(self, job: str) -> Path:
         """The adapter file of a run that is finished or was stopped.
 
         Raises:
             SnellaValueError: There is none (yet).
         """
-        state = self.status(job).state
+        path = self._adapter(job)
+        if path is None:
+            raise SnellaValueError(
+                "this run has no adapter yet: wait until it is finished, or stop it after some "
+                "steps"
+            )
+        return path
+
+    def _adapter(self, job: str) -> Path | None:
+        if self.status(job).state not in ("finished", "stopped"):
+            return None
         paths = [self.folder(job) / "run" / name for name in ADAPTER_FILES.values()]
-        found = [path for path in paths if path.is_file()]
-        if state in ("finished", "stopped") and found:
-            return found[0]
-        raise SnellaValueError(
-            "this run has no adapter yet: wait until it is finished, or stop it after some steps"
-        )
+        return next((path for path in paths if path.is_file()), None)
 
     # -- what can be done -------------------------------------------------------------------------
 
