@@ -12,6 +12,7 @@ from snell_diffusion.app.drafts import Drafts
 from snell_diffusion.app.jobs import SCRIPT, Jobs
 from snell_diffusion.app.library import Library
 from snell_diffusion.app.limits import LIMITS, Limits
+from snell_diffusion.app.quota import Quota
 from snell_diffusion.app.studio import Studio
 
 OWNER = "local"  # folder of the person at this machine, who needs no name
@@ -39,9 +40,15 @@ class Workspace:
         limits: Limits = LIMITS,
     ) -> None:
         self.root = root
-        self.drafts = Drafts(root / "drafts")
+        self.quota = Quota(root, limits)
+        room = self.quota.require_room
+        self.drafts = Drafts(root / "drafts", limits, room)
         self.jobs = Jobs(root / "runs", script, lock, busy)
-        self.library = Library(root / "adapters", self.jobs, bases or Bases.of(), limits)
+        self.library = Library(root / "adapters", self.jobs, bases or Bases.of(), limits, room)
+
+    def require_room(self, more: int) -> None:
+        """Refuse to store `more` bytes where they do not fit; see `Quota.require_room`."""
+        self.quota.require_room(more)
 
 
 class Workspaces:
