@@ -1,7 +1,9 @@
 """From a request to a run: what is asked for, the settings it makes, the command, the start."""
 
+import re
 import shlex
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,10 +12,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from snell_diffusion.app.bases import Base
 from snell_diffusion.app.drafts import Photo
+from snell_diffusion.app.estimates import Estimate, estimate
 from snell_diffusion.app.fields import check_overrides
 from snell_diffusion.app.jobs import launch_command
 from snell_diffusion.app.limits import LIMITS
-from snell_diffusion.app.presets import KINDS, SHEETS, preset_values, usual_word
+from snell_diffusion.app.presets import EFFORTS, HELD_OUT_FROM, KINDS, preset_values, usual_word
 from snell_diffusion.app.workspace import App, Workspace
 from snell_diffusion.diffusion.config_files import make_config
 from snell_diffusion.errors import SnellaValueError
@@ -114,13 +117,9 @@ def _values(request: TrainRequest, base: Base, photos: list[Photo]) -> dict[str,
         "instance_prompt": kind.prompt.format(**names),
         "class_prompt": _class_prompt(request, photos),
         **({"new_tokens": [word]} if word.startswith("<") else {}),
-        **preset_values(base, request.preset, request.effort, len(photos)),
+        **preset_values(base, request.preset, request.effort, len(photos), request.steps),
         "sample_prompts": [text.format(**names) for text in kind.samples],
     }
-    if request.steps is not None:
-        values["max_train_steps"] = request.steps
-    every = max(1, -(-values["max_train_steps"] // SHEETS))
-    values |= dict.fromkeys(("validation_steps", "sample_steps", "checkpointing_steps"), every)
     return {**values, **request.overrides, "seed": request.seed, "output_dir": "output"}
 
 
@@ -138,13 +137,11 @@ def _class_prompt(request: TrainRequest, photos: list[Photo]) -> str:
 
 
 def _require_sides(resolution: int, shapes: str | None, base: Base) -> None:
-    sides = [resolution] + [
-        int(s) for s in (shapes or "").replace(";", ",").split(",") if s != "" and s.isdigit()
-    ]
+    sides = [resolution, *(int(side) for side in re.findall(r"\d+", shapes or ""))]
     if max(sides) > base.max_side or resolution % base.multiple:
         raise SnellaValueError(
-            f"{base.label}: pictures must be at most {base.max_side} pixels a side, and the "
-            f"resolution a multiple of {base.multiple}; got {max(sides)}"
+            f"this base model takes sides of at most {base.max_side} pixels, in multiples of "
+            f"{base.multiple}; resolution and shapes ask for {max(sides)}"
         )
 
 
@@ -182,8 +179,36 @@ def yaml_of(
     values = settings_of(workspace, request, base)
     if exposed and Path(base.source).is_absolute():
         values["pretrained_model_name_or_path"] = base.id
-    head = f"# {command_of()}\n# Photos and their captions are in the folder photos.\n"
+    lines = [command_of(), "The photos are in the folder photos, beside this file."]
+    captions = captions_of(workspace, request, base)
+    lines += [
+        f"photo-{index:02d}.txt beside photo-{index:02d}.png: {caption}"
+        for index, caption in enumerate(captions)
+        if caption is not None
+    ]
+    head = "".join(f"# {line}\n" for line in lines)
     return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def estimates_of(
+    app: App, workspace: Workspace, base: Base, kind: str, overrides: Mapping[str, Any]
+) -> dict[str, Estimate]:
+    """Time and memory of every effort on this machine.
+
+    Args:
+        app: Whose machine.
+        workspace: Whose earlier runs tell.
+        base: What is trained.
+        kind: Of KINDS.
+        overrides: Settings that differ from the preset's.
+    """
+    machine = app.workspaces.root / "machine.json"
+    found = {}
+    for effort in EFFORTS:
+        values = {"pretrained_model_name_or_path": base.source, **overrides}
+        values = {**preset_values(base, kind, effort, HELD_OUT_FROM), **values}
+        found[effort] = estimate(workspace.jobs, base, values, machine)
+    return found
 
 
 def command_of() -> str:
@@ -206,6 +231,7 @@ def start(app: App, workspace: Workspace, request: TrainRequest) -> str:
     settings = settings_of(workspace, request, base)
     captions = captions_of(workspace, request, base)
     photos = workspace.drafts.get(request.draft).stored
+    workspace.quota.require_run()
     job = workspace.jobs.new()
     folder = workspace.jobs.folder(job)
     try:

@@ -202,7 +202,9 @@ def usual_word(base: Base, subject: str) -> str:
     return f"<my-{'-'.join(subject.lower().split())}>"
 
 
-def preset_values(base: Base, kind: str, effort: str, photos: int) -> dict[str, Any]:
+def preset_values(
+    base: Base, kind: str, effort: str, photos: int, steps: int | None = None
+) -> dict[str, Any]:
     """Training settings without words, photos, seed and places.
 
     Args:
@@ -210,6 +212,7 @@ def preset_values(base: Base, kind: str, effort: str, photos: int) -> dict[str, 
         kind: Of KINDS.
         effort: Of EFFORTS.
         photos: How many there are: with 4 or more the last is held out.
+        steps: Optimizer steps in place of the effort's.
 
     Raises:
         SnellaValueError: No such kind or effort.
@@ -219,6 +222,8 @@ def preset_values(base: Base, kind: str, effort: str, photos: int) -> dict[str, 
             f"the preset must be one of {', '.join(KINDS)} and one of {', '.join(EFFORTS)}"
         )
     recipe = recipe_of(base)
+    steps = steps or recipe.steps[effort]
+    every = max(1, -(-steps // SHEETS))
     return {
         "resolution": base.resolution,
         "with_prior_preservation": True,
@@ -226,9 +231,11 @@ def preset_values(base: Base, kind: str, effort: str, photos: int) -> dict[str, 
         "prior_loss_weight": KINDS[kind].prior_loss_weight,
         "method": "snella",
         **recipe.values,
-        "max_train_steps": recipe.steps[effort],
+        "max_train_steps": steps,
         "learning_rate": recipe.learning_rate[kind],
         "num_validation_photos": 1 if photos >= HELD_OUT_FROM else 0,
         "guidance_scale": base.guidance,
         "num_inference_steps": recipe.values.get("num_inference_steps", base.steps),
+        **dict.fromkeys(("validation_steps", "sample_steps", "checkpointing_steps"), every),
+        "checkpoints_total_limit": 2,
     }
