@@ -5,11 +5,14 @@ from collections.abc import Callable
 import gradio as gr
 
 from snell_diffusion.app.shared import Shared
+from snell_diffusion.app.tabs import generate
 from snell_diffusion.app.workspace import App
 
 INTRO = """# SNELLA
 Teach a text-to-image model your subject from a few photos. Everything stays on this machine."""
-TABS: tuple[tuple[str, str, Callable[[Shared], None]], ...] = ()
+TABS: tuple[tuple[str, str, Callable[[Shared], None]], ...] = (
+    ("generate", "Generate", generate.build),
+)
 
 
 def build(app: App) -> gr.Blocks:
