@@ -18,8 +18,16 @@ from snell_diffusion.adapters.load import load_adapter
 from snell_diffusion.adapters.read import AdapterFile
 from snell_diffusion.adapters.state import adapter_layers
 from snell_diffusion.errors import SnellaValueError
+from snell_diffusion.tuners import DeltaLayer
 
-__all__ = ["EXPORT_KEY", "ExportReport", "LayerError", "export_dtype", "layer_updates"]
+__all__ = [
+    "EXPORT_KEY",
+    "ExportReport",
+    "LayerError",
+    "export_dtype",
+    "layer_updates",
+    "update_layers",
+]
 
 EXPORT_KEY = "snella.export"
 NAME = "export"  # of the adapter inside this module's throwaway models
@@ -139,8 +147,8 @@ class ExportReport:
         return "\n".join(lines)
 
 
-def layer_updates(file: AdapterFile) -> Iterator[tuple[str, str, Tensor]]:
-    """(component, module path, ΔW [O, I]) of every layer, scale included; needs no model.
+def update_layers(file: AdapterFile) -> dict[tuple[str, str], DeltaLayer]:
+    """The layers by (component, module path), whose `get_delta_weight(NAME)` is ΔW; needs no model.
 
     Raises:
         SnellaError: As `load_adapter`: tensors that do not fit the layer table or each other.
@@ -151,8 +159,13 @@ def layer_updates(file: AdapterFile) -> Iterator[tuple[str, str, Tensor]]:
     }
     updates = file.without_tokens()
     load_adapter(models, updates, NAME, allow_other_base=True, max_relative_update=math.inf)
+    return {(component, path): layer for component, path, layer in adapter_layers(models, NAME)}
+
+
+def layer_updates(file: AdapterFile) -> Iterator[tuple[str, str, Tensor]]:
+    """(component, module path, ΔW [O, I]) of every layer, scale included; raises as above."""
     with torch.no_grad():
-        for component, path, layer in adapter_layers(models, NAME):
+        for (component, path), layer in update_layers(file).items():
             yield component, path, layer.get_delta_weight(NAME)
 
 
