@@ -5,13 +5,15 @@ from collections.abc import Callable
 import gradio as gr
 
 from snell_diffusion.app.shared import Shared
-from snell_diffusion.app.tabs import generate
+from snell_diffusion.app.tabs import compare, generate, runs
 from snell_diffusion.app.workspace import App
 
 INTRO = """# SNELLA
 Teach a text-to-image model your subject from a few photos. Everything stays on this machine."""
 TABS: tuple[tuple[str, str, Callable[[Shared], None]], ...] = (
     ("generate", "Generate", generate.build),
+    ("compare", "Compare", compare.build),
+    ("runs", "Runs", runs.build),
 )
 
 
@@ -19,8 +21,9 @@ def build(app: App) -> gr.Blocks:
     """The page over the given app; not launched yet."""
     with gr.Blocks(title="SNELLA", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown(INTRO)
+        wanted = gr.State(None)  # among the tabs it would shift their labels
         with gr.Tabs() as tabs:
-            shared = Shared(app, page, tabs, gr.State(None))
+            shared = Shared(app, page, tabs, wanted)
             for name, label, fill in TABS:
                 with gr.Tab(label, id=name, elem_id=f"tab-{name}") as tab:
                     fill(shared)

@@ -8,9 +8,8 @@ from gradio.processing_utils import save_bytes_to_cache
 
 from snell_diffusion.app.drawing import DrawRequest, Result, Step, values_of
 from snell_diffusion.app.pictures import enlarged, png_bytes
-from snell_diffusion.app.progress import duration
 from snell_diffusion.app.shared import HIDDEN, PICTURE, PIPELINE, QUIET, Shared, said
-from snell_diffusion.app.views.bars import bar, kept_bar, step_bar
+from snell_diffusion.app.views.bars import bar, done, kept_bar, step_bar
 from snell_diffusion.app.views.drawing_form import Form
 from snell_diffusion.app.workspace import Workspace
 from snell_diffusion.errors import SnellaValueError
@@ -39,8 +38,16 @@ class GenerateTab:
         self._connect()
 
     def _controls(self) -> None:
-        limits = self.shared.app.limits
-        self.form = Form(self.shared, "generate", slots=limits.together)
+        self.form = Form(
+            self.shared,
+            "generate",
+            slots=self.shared.app.limits.together,
+            below_adapters=self._upload,
+            below_prompt=self._buttons,
+            above_details=self._options,
+        )
+
+    def _upload(self) -> None:
         self.upload = gr.UploadButton(
             "Upload an adapter (.safetensors)",
             file_types=[".safetensors"],
@@ -48,10 +55,17 @@ class GenerateTab:
             elem_id="generate-upload",
         )
         self.added = gr.JSON(visible=False)
+
+    def _buttons(self) -> None:
+        with gr.Row():
+            self.draw = gr.Button("Draw", variant="primary", elem_id="generate-draw")
+            self.cancel = gr.Button("Cancel", elem_id="generate-cancel", min_width=100)
+
+    def _options(self) -> None:
         self.mode = gr.Radio(
             [AS_TRAINED, SET_HERE],
             value=AS_TRAINED,
-            label="Sparsity of the update",
+            label="Sparsity of the adapters",
             elem_id="generate-sparsity-mode",
         )
         self.level = gr.Slider(
@@ -59,13 +73,14 @@ class GenerateTab:
             1,
             0.5,
             step=0.01,
-            label="Share of weights that are left as they were",
+            label="Sparsity: share of each update that is set to zero",
             info="Let go to see the picture at once. 0 keeps all of the update, 1 nothing.",
             visible=False,
             elem_id="generate-sparsity",
         )
+        most = self.shared.app.limits.pictures
         self.count = gr.Slider(
-            1, limits.pictures, 1, step=1, label="Number of pictures", elem_id="generate-count"
+            1, most, 1, step=1, label="Number of pictures", elem_id="generate-count"
         )
         self.compare = gr.Checkbox(
             True, label="Draw the base model's picture too", elem_id="generate-compare"
@@ -76,20 +91,25 @@ class GenerateTab:
             info="Prompt, seed, adapters and all else, for whoever gets the file.",
             elem_id="generate-settings-in-png",
         )
-        with gr.Row():
-            self.draw = gr.Button("Draw", variant="primary", elem_id="generate-draw")
-            self.cancel = gr.Button("Cancel", elem_id="generate-cancel")
 
     def _results(self) -> None:
         self.bar = gr.HTML(READY, elem_id="generate-progress")
         self.slider = gr.ImageSlider(
-            label="Base model (left) and with the adapter (right), same seed",
+            label="Base (left), adapted (right)",
             type="pil",
             format="png",
             interactive=False,
             visible=False,
             elem_id="generate-slider",
         )
+        self.kept = gr.HTML("", elem_id="generate-kept")
+        with gr.Row(visible=False) as self.pair:
+            self.trained = gr.Image(
+                label=AS_TRAINED, elem_id="generate-as-trained", min_width=140, **PICTURE
+            )
+            self.sparse = gr.Image(
+                label="At this sparsity", elem_id="generate-sparse", min_width=140, **PICTURE
+            )
         self.gallery = gr.Gallery(
             label="Pictures, downloaded in their own size",
             format="png",
@@ -99,10 +119,6 @@ class GenerateTab:
             buttons=["download", "download_all", "fullscreen"],
             elem_id="generate-gallery",
         )
-        self.kept = gr.HTML("", elem_id="generate-kept")
-        with gr.Row(visible=False) as self.pair:
-            self.trained = gr.Image(label=AS_TRAINED, elem_id="generate-as-trained", **PICTURE)
-            self.sparse = gr.Image(label="At this sparsity", elem_id="generate-sparse", **PICTURE)
 
     # Events
 
@@ -199,7 +215,7 @@ class GenerateTab:
             elem_classes=["whole-pixels"] if small else [],
         )
         return {
-            self.bar: f"<p>Done in {duration(result.seconds)}.</p>",
+            self.bar: done(result.seconds),
             self.slider: both,
             self.gallery: files,
             self.kept: kept_bar(result.kept, result.size, wanted.sparsity) if result.size else "",
@@ -238,7 +254,7 @@ class GenerateTab:
                 results.append(news)
         trained, sparse = results
         yield {
-            self.bar: f"<p>Done in {duration(trained.seconds + sparse.seconds)}.</p>",
+            self.bar: done(trained.seconds + sparse.seconds),
             self.kept: kept_bar(sparse.kept, sparse.size, level),
             self.pair: gr.update(visible=True),
             self.trained: enlarged(trained.pictures[0]),

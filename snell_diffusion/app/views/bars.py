@@ -27,6 +27,12 @@ def step_bar(step: Step) -> str:
     return bar(step.done / step.total, f"{text}.")
 
 
+def done(seconds: float) -> str:
+    """That a drawing is finished."""
+    took = f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
+    return f'<p role="status">Done in {took}.</p>'
+
+
 def kept_bar(kept: int, size: int, level: float | None) -> str:
     """How many weights of the adapters' updates survive."""
     if not size:

@@ -1,7 +1,7 @@
 """The controls that decide a picture, as the Generate and the Compare tab both have them."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gradio as gr
@@ -16,6 +16,10 @@ SCENE = "a photo of a red teapot on the beach"
 FIELDS = ("base", "prompt", "negative_prompt", "seed", "steps", "guidance", "width", "height")
 
 
+def nothing() -> None:
+    """No control."""
+
+
 class Form:
     """Base, prompt, seed, size and adapters; made inside of the layout where it is to stand.
 
@@ -23,9 +27,18 @@ class Form:
         shared: The page.
         prefix: Of the ids of its elements.
         slots: How many adapters can be chosen.
+        below_adapters, below_prompt, above_details: Make the tab's own controls at these places.
     """
 
-    def __init__(self, shared: Shared, prefix: str, slots: int) -> None:
+    def __init__(
+        self,
+        shared: Shared,
+        prefix: str,
+        slots: int,
+        below_adapters: Callable[[], None] = nothing,
+        below_prompt: Callable[[], None] = nothing,
+        above_details: Callable[[], None] = nothing,
+    ) -> None:
         self.shared = shared
         self.prefix = prefix
         base = shared.app.bases.all()[0]
@@ -38,8 +51,11 @@ class Form:
             visible=len(shared.app.bases.all()) > 1,
         )
         self._adapter_slots(slots)
+        below_adapters()
         self._words()
+        below_prompt()
         self._seed_row()
+        above_details()
         with gr.Accordion("More settings: steps, guidance, size, what to keep out", open=False):
             self._details(base)
         self._connect()
