@@ -214,7 +214,8 @@ class Jobs:
             self._require_free()
             folder = self.folder(job)
             values = {**_resumable(settings), "output_dir": str(folder / "run")}
-            record = {"label": label, "facts": dict(facts or {}), "started": time.time()}
+            known = {"method": values.get("method", "snella"), **(facts or {})}
+            record = {"label": label, "facts": known, "started": time.time()}
             with _disk():
                 write_text(folder / "settings.yaml", yaml.safe_dump(values, sort_keys=False))
                 self._spawn(job, record, resume=False)

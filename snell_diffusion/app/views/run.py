@@ -32,6 +32,7 @@ class RunView:
         allocation: What each layer keeps.
         pause, stop, resume, draw: Buttons, enabled while they do something.
         timer: Ticks while the run that is shown is going.
+        status: (id, state) of the run that is shown; changes when one of them does.
         seen: What this page shows already, by part.
         look: Brings the parts up to date: (run, seen, request) -> updates of `parts`.
     """
@@ -45,6 +46,7 @@ class RunView:
     resume: gr.Button
     draw: gr.Button
     timer: gr.Timer
+    status: gr.State
     seen: gr.State
     look: Callable[..., tuple[Any, ...]]
 
@@ -52,7 +54,8 @@ class RunView:
     def parts(self) -> list[Any]:
         """The outputs of `look`, in its order."""
         shown = [self.bar, self.curves, self.samples, self.allocation]
-        return [*shown, self.pause, self.stop, self.resume, self.draw, self.timer, self.seen]
+        buttons = [self.pause, self.stop, self.resume, self.draw]
+        return [*shown, *buttons, self.timer, self.status, self.seen]
 
 
 def run_view(shared: Shared, run: Any, prefix: str = "run") -> RunView:
@@ -110,8 +113,8 @@ def _components(shared: Shared, prefix: str) -> RunView:
                 buttons=["download", "fullscreen"],
             )
     look = _look(shared, AllocationPictures())
-    timer, seen = gr.Timer(POLL, active=False), gr.State({})
-    return RunView(bar, plot, samples, allocation, *buttons, timer, seen, look)
+    timer, status, seen = gr.Timer(POLL, active=False), gr.State(None), gr.State({})
+    return RunView(bar, plot, samples, allocation, *buttons, timer, status, seen, look)
 
 
 def _buttons(prefix: str) -> list[gr.Button]:
@@ -162,6 +165,7 @@ def _parts(
     again = "Start again" if able["again"] else "Resume"
     drawn = allocation_version(events)
     going = status is not None and status.running
+    now = None if status is None else (run, status.state)
     return {
         "bar": (bar, lambda: bar),
         "curves": ((run, len(events)), lambda: _frame(curves(events))),
@@ -175,6 +179,7 @@ def _parts(
         ),
         "draw": (able["draw"], lambda: gr.update(interactive=able["draw"])),
         "timer": (going, lambda: gr.update(active=going)),
+        "status": (now, lambda: now),
     }
 
 

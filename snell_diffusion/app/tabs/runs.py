@@ -1,0 +1,163 @@
+"""Runs: a table of all runs, and everything about the one that is chosen."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gradio as gr
+
+from snell_diffusion.app.jobs import Jobs
+from snell_diffusion.app.progress import UNKNOWN, Summary, duration, summary
+from snell_diffusion.app.run_files import file_name, log_text, model_card, settings_text
+from snell_diffusion.app.shared import HIDDEN, QUIET, Shared, said
+from snell_diffusion.app.views.files import cached, cached_text
+from snell_diffusion.app.views.run import run_view
+from snell_diffusion.errors import SnellaValueError
+
+HEADERS = ("Subject", "Base", "Method", "Status", "Time", "Steps", "Best loss", "Started", "Run")
+SHORT = 8  # digits of an id in the table
+NONE = "There are no runs yet: start one in the first tab."
+CHOOSE = (
+    "Choose a run below or click its row. *Best loss* is the smallest loss on photos that were "
+    "held out: lower is better, compare it among runs of the same photos only."
+)
+
+
+def build(shared: Shared) -> None:
+    """Fill the tab."""
+    hint = gr.Markdown(NONE, elem_id="runs-hint")
+    table = gr.Dataframe(
+        headers=list(HEADERS),
+        datatype="str",
+        interactive=False,
+        wrap=True,
+        show_search="search",
+        max_height=320,
+        label="Runs",
+        elem_id="runs-table",
+    )
+    run = gr.Dropdown([], value=None, label="Run", elem_id="runs-choice")
+    with gr.Column(visible=False, elem_id="runs-details") as details:
+        view = run_view(shared, run, prefix="runs-run")
+        saved, card, files = _kept()
+        delete = _delete(shared, run, [hint, table, run])
+    rows, parts = [hint, table, run], [details, saved, card, files, delete]
+    shared.on_show("runs", _fill(shared), rows, [run])
+    table.select(_clicked(shared), None, [run], **QUIET)
+    view.status.change(_fill(shared), [run], rows, **QUIET)
+    view.status.change(_show(shared), [run], parts, **QUIET)
+
+
+def _kept() -> tuple[gr.Dataframe, gr.Markdown, gr.File]:
+    """What a run leaves: saved states, model card, files."""
+    with gr.Accordion("Saved states", open=False):
+        saved = gr.Dataframe(
+            headers=["Step", "Size", "Saved"],
+            datatype="str",
+            interactive=False,
+            label="States that the run can continue from, newest last",
+            elem_id="runs-checkpoints",
+        )
+    with gr.Accordion("Model card", open=False):
+        card = gr.Markdown(elem_id="runs-card", sanitize_html=True)
+    files = gr.File(
+        label="Download: adapter, settings, log",
+        file_count="multiple",
+        interactive=False,
+        elem_id="runs-download",
+    )
+    return saved, card, files
+
+
+def _delete(shared: Shared, run: gr.Dropdown, rows: Sequence[Any]) -> gr.Button:
+    """Delete with a second question; the button that asks."""
+    ask = gr.Button("Delete this run...", variant="stop", elem_id="runs-delete")
+    with gr.Row(visible=False) as question:
+        gr.Markdown("Delete this run with its photos, pictures, saved states and adapter?")
+        yes = gr.Button("Yes, delete it", variant="stop", elem_id="runs-delete-yes")
+        no = gr.Button("No, keep it", elem_id="runs-delete-no")
+
+    def delete(job: str | None, request: gr.Request) -> tuple[Any, ...]:
+        jobs = shared.workspace(request).jobs
+        jobs.delete(job or "")
+        return *_rows(jobs, None), gr.update(visible=False)
+
+    ask.click(lambda: gr.update(visible=True), None, [question], **QUIET)
+    no.click(lambda: gr.update(visible=False), None, [question], **QUIET)
+    run.change(lambda: gr.update(visible=False), None, [question], **QUIET)
+    yes.click(said(delete), [run], [*rows, question], **HIDDEN)
+    return ask
+
+
+def _fill(shared: Shared) -> Callable[..., tuple[Any, ...]]:
+    def fill(job: str | None, request: gr.Request) -> tuple[Any, ...]:
+        return _rows(shared.workspace(request).jobs, job)
+
+    return said(fill)
+
+
+def _rows(jobs: Jobs, job: str | None) -> tuple[Any, ...]:
+    """Hint, table and list of runs, with `job` still chosen if it is there."""
+    found = [
+        summary(each, jobs.info(each), jobs.status(each), jobs.seconds(each), jobs.events(each))
+        for each in jobs.all()
+    ]
+    choices = [(f"{row.subject}, {row.started} ({row.job[:SHORT]})", row.job) for row in found]
+    chosen = job if any(row.job == job for row in found) else None
+    values = [_row(row) for row in found]
+    return CHOOSE if found else NONE, values, gr.update(choices=choices, value=chosen)
+
+
+def _row(row: Summary) -> list[str]:
+    loss = UNKNOWN if row.best_loss is None else f"{row.best_loss:.4f}"
+    time_ = duration(row.seconds)
+    first = [row.subject, row.base, row.method, row.status, time_, row.steps]
+    return [*first, loss, row.started, row.job[:SHORT]]
+
+
+def _clicked(shared: Shared) -> Callable[..., str]:
+    def clicked(request: gr.Request, event: gr.SelectData) -> str:
+        # The table may be sorted or searched: the row itself says which run it is.
+        short = str((event.row_value or [""])[-1])
+        found = [job for job in shared.workspace(request).jobs.all() if job[:SHORT] == short]
+        if not found:
+            raise SnellaValueError("this run is no longer there; choose another from the list")
+        return found[0]
+
+    return said(clicked)
+
+
+def _show(shared: Shared) -> Callable[..., tuple[Any, ...]]:
+    def show(job: str | None, request: gr.Request) -> tuple[Any, ...]:
+        jobs = shared.workspace(request).jobs
+        if not job or job not in jobs.all():
+            return gr.update(visible=False), [], "", None, gr.skip()
+        return (
+            gr.update(visible=True),
+            [_state(*state) for state in _saved(jobs, job)],
+            model_card(jobs, job),
+            files(jobs, job),
+            gr.update(interactive=not jobs.status(job).running),
+        )
+
+    return said(show)
+
+
+def _saved(jobs: Jobs, job: str) -> list[tuple[int, int, float]]:
+    return [(state.step, state.size, state.saved) for state in jobs.checkpoints(job)]
+
+
+def _state(step: int, size: int, saved: float) -> list[str]:
+    moment = time.strftime("%d %b %Y %H:%M:%S", time.localtime(saved))
+    return [str(step), f"{size / 2**20:.1f} MB", moment]
+
+
+def files(jobs: Jobs, job: str) -> list[str]:
+    """Copies of the run's files for the visitor, named by the run."""
+    label = jobs.info(job)["label"]
+    found = [cached_text(settings_text(jobs, job), file_name(label, "settings.yaml"))]
+    if jobs.has_adapter(job):
+        found.insert(0, cached(jobs.adapter(job), file_name(label, "adapter.safetensors")))
+    if not jobs.status(job).running:
+        found.append(cached_text(log_text(jobs, job), file_name(label, "log.txt")))
+    return found
