@@ -114,7 +114,7 @@ def _label(kind: Kind, value: Any, names: Mapping[str, str]) -> str:
     if kind == "prompt":
         return str(value)
     if value is None:
-        return AS_TRAINED
+        return f"{kind} {AS_TRAINED}"
     return f"{kind} {value:g}" if isinstance(value, float) else f"{kind} {value}"
 
 

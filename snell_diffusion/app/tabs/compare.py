@@ -38,11 +38,21 @@ class CompareTab:
             with gr.Column(min_width=300, scale=2):
                 self._axes()
                 self.form = Form(
-                    shared, "compare", slots=shared.app.limits.together, below_prompt=self._buttons
+                    shared,
+                    "compare",
+                    slots=shared.app.limits.together,
+                    lockable=False,
+                    below_prompt=self._buttons,
                 )
             with gr.Column(min_width=300, scale=3):
                 self.bar = gr.HTML(READY, elem_id="compare-progress")
-                self.grid = gr.Image(label="Grid", elem_id="compare-grid", **PICTURE)
+                self.grid = gr.Image(
+                    label="Grid",
+                    show_label=False,  # it would cover the grid's own words
+                    alt_text="Pictures in rows and columns with their labels",
+                    elem_id="compare-grid",
+                    **PICTURE,
+                )
                 self.file = gr.DownloadButton(
                     "Download the grid (PNG)", interactive=False, elem_id="compare-download"
                 )

@@ -27,6 +27,7 @@ class Form:
         shared: The page.
         prefix: Of the ids of its elements.
         slots: How many adapters can be chosen.
+        lockable: Whether the seed can be unlocked, to be another one each time.
         below_adapters, below_prompt, above_details: Make the tab's own controls at these places.
     """
 
@@ -35,6 +36,7 @@ class Form:
         shared: Shared,
         prefix: str,
         slots: int,
+        lockable: bool = True,
         below_adapters: Callable[[], None] = nothing,
         below_prompt: Callable[[], None] = nothing,
         above_details: Callable[[], None] = nothing,
@@ -54,7 +56,7 @@ class Form:
         below_adapters()
         self._words()
         below_prompt()
-        self._seed_row()
+        self._seed_row(lockable)
         above_details()
         with gr.Accordion("More settings: steps, guidance, size, what to keep out", open=False):
             self._details(base)
@@ -97,8 +99,7 @@ class Form:
                         self.shared.app.limits.strength,
                         1,
                         step=0.05,
-                        label="Strength",
-                        info="1 is as trained, 0 is off.",
+                        label="Strength (1 is as trained)",
                         elem_id=f"{self.prefix}-strength-{number}",
                         min_width=180,
                         scale=2,
@@ -116,7 +117,7 @@ class Form:
             elem_id=f"{self.prefix}-prompt",
         )
 
-    def _seed_row(self) -> None:
+    def _seed_row(self, lockable: bool) -> None:
         with gr.Row(equal_height=True):
             self.seed = gr.Number(
                 0,
@@ -132,6 +133,7 @@ class Form:
                 self.lock = gr.Checkbox(
                     True,
                     label="Lock: keep this seed",
+                    visible=lockable,
                     elem_id=f"{self.prefix}-lock",
                 )
                 self.shuffle = gr.Button("Shuffle", size="sm", elem_id=f"{self.prefix}-shuffle")
