@@ -5,7 +5,7 @@ from collections.abc import Callable
 import gradio as gr
 
 from snell_diffusion.app.shared import Shared
-from snell_diffusion.app.tabs import compare, generate, runs
+from snell_diffusion.app.tabs import compare, generate, inspect, runs
 from snell_diffusion.app.workspace import App
 
 INTRO = """# SNELLA
@@ -13,6 +13,7 @@ Teach a text-to-image model your subject from a few photos. Everything stays on 
 TABS: tuple[tuple[str, str, Callable[[Shared], None]], ...] = (
     ("generate", "Generate", generate.build),
     ("compare", "Compare", compare.build),
+    ("inspect", "Inspect", inspect.build),
     ("runs", "Runs", runs.build),
 )
 
