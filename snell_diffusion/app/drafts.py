@@ -116,7 +116,7 @@ class Drafts:
         if not uploads:
             raise SnellaValueError("no photos given: add 3 to 10 photos of the subject")
         with self._lock:
-            there = 0 if draft is None else len(self.get(draft).stored)
+            there = 0 if draft is None else len(self.photos(draft))
             if there + len(uploads) > self._limits.photos:
                 raise SnellaValueError(
                     f"{there + len(uploads)} photos are too many: at most {self._limits.photos} "
@@ -159,12 +159,24 @@ class Drafts:
         Raises:
             SnellaValueError: No such draft.
         """
-        folder = self.folder(draft) / "photos"
-        names = self._names(draft)
-        photos = [
-            Photo(name, folder / file, caption=_read(folder / file)) for file, name in names.items()
+        with self._lock:
+            photos = self.photos(draft)
+            return Draft(draft, photos, notes(self._folder_of(draft), self._names(draft), side))
+
+    def photos(self, draft: str) -> list[Photo]:
+        """The stored photos in order, without looking into them.
+
+        Raises:
+            SnellaValueError: No such draft.
+        """
+        folder = self._folder_of(draft)
+        return [
+            Photo(name, folder / file, caption=_read(folder / file))
+            for file, name in self._names(draft).items()
         ]
-        return Draft(draft, photos, notes(folder, names, side))
+
+    def _folder_of(self, draft: str) -> Path:
+        return self.folder(draft) / "photos"
 
     def caption(self, draft: str, index: int, text: str) -> None:
         """Say what a photo shows beside the subject; an empty text takes it back.
@@ -224,7 +236,7 @@ class Drafts:
             raise SnellaValueError(
                 f"there is no photo {index!r:.20}: the photos are numbered 0 to {len(names) - 1}"
             )
-        return self.folder(draft) / "photos" / names[index]
+        return self._folder_of(draft) / names[index]
 
     def _names(self, draft: str) -> dict[str, str]:
         """What each stored file was called, in order."""

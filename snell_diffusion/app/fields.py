@@ -134,7 +134,7 @@ def describe(groups: Sequence[type]) -> dict[str, Field]:
     """
     found = {}
     for group in groups:
-        title = (group.__doc__ or group.__name__).split("\n")[0].rstrip(".")
+        title = (group.__doc__ or group.__name__).split("\n")[0].split(". ")[0].rstrip(".")
         for item in dataclasses.fields(group):
             if excluded(item.name) is None:
                 found[item.name] = _field(item, title)

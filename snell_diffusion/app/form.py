@@ -7,9 +7,16 @@ from typing import Any
 
 from snell_diffusion.app.bases import Base, Bases
 from snell_diffusion.app.fields import FIELDS
-from snell_diffusion.app.personalize import TrainRequest, make_request
-from snell_diffusion.app.presets import EFFORTS, KINDS, recipe_of
-from snell_diffusion.errors import SnellaValueError
+from snell_diffusion.app.personalize import TrainRequest, make_request, settings_of
+from snell_diffusion.app.presets import (
+    EFFORTS,
+    HELD_OUT_FROM,
+    KINDS,
+    preset_values,
+    recipe_of,
+)
+from snell_diffusion.app.workspace import Workspace
+from snell_diffusion.errors import SnellaError, SnellaValueError
 
 
 @dataclass(frozen=True)
@@ -110,3 +117,24 @@ def request_of(form: Form, bases: Bases) -> TrainRequest:
         seed=form.seed,
         overrides=form.overrides,
     )
+
+
+def typed(form: Form, basics: Mapping[str, Any]) -> Form:
+    """The form with what its boxes hold now; a box that was emptied counts as untouched.
+
+    Args:
+        form: Before.
+        basics: Values by name of subject, name, kind, effort, base, steps and seed.
+    """
+    given = {key: value for key, value in basics.items() if value is not None}
+    return replace(form, **{"steps": None, "seed": 0, **given})
+
+
+def preset_of(workspace: Workspace, form: Form, bases: Bases) -> dict[str, Any]:
+    """The settings without any change of the visitor; without prompts while words are missing."""
+    base = bases.get(form.base)
+    try:
+        request = request_of(replace(form, overrides={}), bases)
+        return settings_of(workspace, request, base)
+    except SnellaError:
+        return preset_values(base, form.kind, form.effort, HELD_OUT_FROM, form.steps)

@@ -5,12 +5,13 @@ from collections.abc import Callable
 import gradio as gr
 
 from snell_diffusion.app.shared import Shared
-from snell_diffusion.app.tabs import compare, generate, inspect, runs
+from snell_diffusion.app.tabs import compare, generate, inspect, personalize, runs
 from snell_diffusion.app.workspace import App
 
 INTRO = """# SNELLA
 Teach a text-to-image model your subject from a few photos. Everything stays on this machine."""
 TABS: tuple[tuple[str, str, Callable[[Shared], None]], ...] = (
+    ("personalize", "Personalize", personalize.build),
     ("generate", "Generate", generate.build),
     ("compare", "Compare", compare.build),
     ("inspect", "Inspect", inspect.build),

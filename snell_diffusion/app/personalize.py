@@ -90,13 +90,19 @@ def word_of(request: TrainRequest, base: Base) -> str:
     return request.word or usual_word(base, request.subject)
 
 
+def prompt_of(request: TrainRequest, base: Base) -> str:
+    """The sentence that asks for the subject as it is in the photos."""
+    names = {"word": word_of(request, base), "subject": request.subject}
+    return KINDS[request.preset].prompt.format(**names)
+
+
 def settings_of(workspace: Workspace, request: TrainRequest, base: Base) -> dict[str, Any]:
     """The training settings, with `photos` and `output` as places.
 
     Raises:
         SnellaError: No such photos, or the settings do not go together.
     """
-    photos = workspace.drafts.get(request.draft).stored
+    photos = workspace.drafts.photos(request.draft)
     values = _values(request, base, photos)
     config = make_config(values, where="these settings")
     _require_sides(config.resolution, config.aspect_ratio_buckets, base)
@@ -114,7 +120,7 @@ def _values(request: TrainRequest, base: Base, photos: list[Photo]) -> dict[str,
     values: dict[str, Any] = {
         "pretrained_model_name_or_path": base.source,
         "instance_data_dir": "photos",
-        "instance_prompt": kind.prompt.format(**names),
+        "instance_prompt": prompt_of(request, base),
         "class_prompt": _class_prompt(request, photos),
         **({"new_tokens": [word]} if word.startswith("<") else {}),
         **preset_values(base, request.preset, request.effort, len(photos), request.steps),
@@ -152,7 +158,7 @@ def captions_of(workspace: Workspace, request: TrainRequest, base: Base) -> list
     """
     word = word_of(request, base)
     captions: list[str | None] = []
-    for photo in workspace.drafts.get(request.draft).stored:
+    for photo in workspace.drafts.photos(request.draft):
         text: str | None = photo.caption or None
         if text and word not in text.split():
             text = KINDS[request.preset].captioned.format(
@@ -230,8 +236,10 @@ def start(app: App, workspace: Workspace, request: TrainRequest) -> str:
     base = app.bases.get(request.base)
     settings = settings_of(workspace, request, base)
     captions = captions_of(workspace, request, base)
-    photos = workspace.drafts.get(request.draft).stored
+    photos = workspace.drafts.photos(request.draft)
     workspace.quota.require_run()
+    if app.workspaces.training() is not None:  # before the photos are copied; start looks again
+        raise SnellaValueError("a run is going already: wait for it or stop it first")
     job = workspace.jobs.new()
     folder = workspace.jobs.folder(job)
     try:
@@ -247,11 +255,10 @@ def start(app: App, workspace: Workspace, request: TrainRequest) -> str:
 
 def facts_of(request: TrainRequest, base: Base, photos: int) -> dict[str, Any]:
     """What the list of runs tells of a run."""
-    kind, word = KINDS[request.preset], word_of(request, base)
     return {
         "subject": request.subject,
-        "word": word,
-        "prompt": kind.prompt.format(word=word, subject=request.subject),
+        "word": word_of(request, base),
+        "prompt": prompt_of(request, base),
         "preset": request.preset,
         "effort": request.effort,
         "base": base.id,
