@@ -62,10 +62,17 @@ def summary(
         method=str(facts.get("method") or UNKNOWN),
         status=status.state,
         seconds=seconds,
-        steps=f"{status.step} of {status.total}" if status.total else UNKNOWN,
+        steps=_steps(status),
         best_loss=best_loss(events),
         started=time.strftime("%d %b %Y %H:%M", time.localtime(info["started"])),
     )
+
+
+def _steps(status: JobStatus) -> str:
+    """The table is not redrawn with every step, so of a run that is going it says only where to."""
+    if not status.total:
+        return UNKNOWN
+    return f"of {status.total}" if status.running else f"{status.step} of {status.total}"
 
 
 def best_loss(events: Sequence[Event]) -> float | None:

@@ -6,12 +6,13 @@ from typing import Any
 
 import gradio as gr
 
+from snell_diffusion.app.job_record import JobStatus
 from snell_diffusion.app.jobs import Jobs
 from snell_diffusion.app.progress import UNKNOWN, Summary, duration, summary
 from snell_diffusion.app.run_files import file_name, log_text, model_card, settings_text
 from snell_diffusion.app.shared import HIDDEN, QUIET, Shared, said
 from snell_diffusion.app.views.files import cached, cached_text
-from snell_diffusion.app.views.run import run_view
+from snell_diffusion.app.views.run import Part, run_view
 from snell_diffusion.errors import SnellaValueError
 
 HEADERS = ("Subject", "Base", "Method", "Status", "Time", "Steps", "Best loss", "Started", "Run")
@@ -37,41 +38,45 @@ def build(shared: Shared) -> None:
         elem_id="runs-table",
     )
     run = gr.Dropdown([], value=None, label="Run", elem_id="runs-choice")
+    saved, card, files, delete = _kept()
     with gr.Column(visible=False, elem_id="runs-details") as details:
-        view = run_view(shared, run, prefix="runs-run")
-        saved, card, files = _kept()
-        delete = _delete(shared, run, [hint, table, run])
-    rows, parts = [hint, table, run], [details, saved, card, files, delete]
-    shared.on_show("runs", _fill(shared), rows, [run])
+        more = [hint, table, details, saved, card, files, delete]
+        run_view(shared, run, "runs-run", more, _parts)
+        with gr.Accordion("Saved states", open=False):
+            saved.render()
+        with gr.Accordion("Model card", open=False):
+            card.render()
+        files.render()
+        delete.render()
+        _question(shared, delete, run, [hint, table, run])
+    shared.on_show("runs", _fill(shared), [hint, table, run], [run])
     table.select(_clicked(shared), None, [run], **QUIET)
-    view.status.change(_fill(shared), [run], rows, **QUIET)
-    view.status.change(_show(shared), [run], parts, **QUIET)
 
 
-def _kept() -> tuple[gr.Dataframe, gr.Markdown, gr.File]:
-    """What a run leaves: saved states, model card, files."""
-    with gr.Accordion("Saved states", open=False):
-        saved = gr.Dataframe(
-            headers=["Step", "Size", "Saved"],
-            datatype="str",
-            interactive=False,
-            label="States that the run can continue from, newest last",
-            elem_id="runs-checkpoints",
-        )
-    with gr.Accordion("Model card", open=False):
-        card = gr.Markdown(elem_id="runs-card", sanitize_html=True)
+def _kept() -> tuple[gr.Dataframe, gr.Markdown, gr.File, gr.Button]:
+    """What a run leaves, and how to get rid of it; placed later."""
+    saved = gr.Dataframe(
+        headers=["Step", "Size", "Saved"],
+        datatype="str",
+        interactive=False,
+        label="States that the run can continue from, newest last",
+        elem_id="runs-checkpoints",
+        render=False,
+    )
+    card = gr.Markdown(elem_id="runs-card", sanitize_html=True, render=False)
     files = gr.File(
         label="Download: adapter, settings, log",
         file_count="multiple",
         interactive=False,
         elem_id="runs-download",
+        render=False,
     )
-    return saved, card, files
+    delete = gr.Button("Delete this run...", variant="stop", elem_id="runs-delete", render=False)
+    return saved, card, files, delete
 
 
-def _delete(shared: Shared, run: gr.Dropdown, rows: Sequence[Any]) -> gr.Button:
-    """Delete with a second question; the button that asks."""
-    ask = gr.Button("Delete this run...", variant="stop", elem_id="runs-delete")
+def _question(shared: Shared, ask: gr.Button, run: gr.Dropdown, rows: Sequence[Any]) -> None:
+    """What comes between asking to delete a run and deleting it."""
     with gr.Row(visible=False) as question:
         gr.Markdown("Delete this run with its photos, pictures, saved states and adapter?")
         yes = gr.Button("Yes, delete it", variant="stop", elem_id="runs-delete-yes")
@@ -86,7 +91,6 @@ def _delete(shared: Shared, run: gr.Dropdown, rows: Sequence[Any]) -> gr.Button:
     no.click(lambda: gr.update(visible=False), None, [question], **QUIET)
     run.change(lambda: gr.update(visible=False), None, [question], **QUIET)
     yes.click(said(delete), [run], [*rows, question], **HIDDEN)
-    return ask
 
 
 def _fill(shared: Shared) -> Callable[..., tuple[Any, ...]]:
@@ -127,20 +131,26 @@ def _clicked(shared: Shared) -> Callable[..., str]:
     return said(clicked)
 
 
-def _show(shared: Shared) -> Callable[..., tuple[Any, ...]]:
-    def show(job: str | None, request: gr.Request) -> tuple[Any, ...]:
-        jobs = shared.workspace(request).jobs
-        if not job or job not in jobs.all():
-            return gr.update(visible=False), [], "", None, gr.skip()
-        return (
-            gr.update(visible=True),
-            [_state(*state) for state in _saved(jobs, job)],
-            model_card(jobs, job),
-            files(jobs, job),
-            gr.update(interactive=not jobs.status(job).running),
-        )
+def _parts(jobs: Jobs, run: str | None, status: JobStatus | None) -> dict[str, Part]:
+    """What this tab shows besides the view: made anew when the run or its state is another."""
+    now = (run, None if status is None else status.state)
+    going = status is not None and status.running
+    saved = _saved(jobs, run) if run else []
+    rows: list[Any] = []  # hint and table come from one look at all runs
 
-    return said(show)
+    def row(index: int) -> Any:
+        rows.extend(_rows(jobs, run) if not rows else ())
+        return rows[index]
+
+    return {
+        "hint": (now, lambda: row(0)),
+        "table": (now, lambda: row(1)),
+        "details": (run is not None, lambda: gr.update(visible=run is not None)),
+        "saved": (saved, lambda: [_state(*state) for state in saved]),
+        "card": (now, lambda: model_card(jobs, run) if run else ""),
+        "files": (now, lambda: files(jobs, run) if run else None),
+        "delete": (going, lambda: gr.update(interactive=not going)),
+    }
 
 
 def _saved(jobs: Jobs, job: str) -> list[tuple[int, int, float]]:

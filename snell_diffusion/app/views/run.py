@@ -18,7 +18,10 @@ from snell_diffusion.errors import SnellaError
 
 NO_RUN = "No run yet."
 COLOURS = dict(zip(KINDS, ("#4f46e5", "#c2410c", "#9a9a9a"), strict=True))
+WAITS = 3  # ticks of a page that shows no run before it stops asking
 Seen = dict[str, Any]
+Part = tuple[Any, Callable[[], Any]]  # what it depends on, and how it is made: only if that changed
+MoreParts = Callable[[Jobs, str | None, JobStatus | None], dict[str, Part]]
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class RunView:
         allocation: What each layer keeps.
         pause, stop, resume, draw: Buttons, enabled while they do something.
         timer: Ticks while the run that is shown is going.
-        status: (id, state) of the run that is shown; changes when one of them does.
+        more: What the caller shows besides.
         seen: What this page shows already, by part.
         look: Brings the parts up to date: (run, seen, request) -> updates of `parts`.
     """
@@ -46,7 +49,7 @@ class RunView:
     resume: gr.Button
     draw: gr.Button
     timer: gr.Timer
-    status: gr.State
+    more: Sequence[Any]
     seen: gr.State
     look: Callable[..., tuple[Any, ...]]
 
@@ -55,18 +58,29 @@ class RunView:
         """The outputs of `look`, in its order."""
         shown = [self.bar, self.curves, self.samples, self.allocation]
         buttons = [self.pause, self.stop, self.resume, self.draw]
-        return [*shown, *buttons, self.timer, self.status, self.seen]
+        return [*shown, *buttons, self.timer, *self.more, self.seen]
 
 
-def run_view(shared: Shared, run: Any, prefix: str = "run") -> RunView:
+def run_view(
+    shared: Shared,
+    run: Any,
+    prefix: str = "run",
+    more: Sequence[Any] = (),
+    more_parts: MoreParts | None = None,
+) -> RunView:
     """Build the view of the run whose id `run` holds, and keep it up to date.
+
+    A `gr.State` that is set by an event outside the queue tells nobody that it changed; the view
+    sees it within a few seconds.
 
     Args:
         shared: The page.
         run: Component with a run's id or None.
         prefix: Begins the ids of the elements; one view of a page each.
+        more: Components of the caller that depend on the run.
+        more_parts: Their parts in the same order, from the runs, the id and the status.
     """
-    view = _components(shared, prefix)
+    view = _components(shared, prefix, more, more_parts)
     look = said(view.look)
     for event in (run.change, view.timer.tick):
         event(look, [run, view.seen], view.parts, **QUIET)
@@ -78,8 +92,10 @@ def run_view(shared: Shared, run: Any, prefix: str = "run") -> RunView:
     return view
 
 
-def _components(shared: Shared, prefix: str) -> RunView:
-    bar = gr.HTML(bar_html(None), elem_id=f"{prefix}-bar")
+def _components(
+    shared: Shared, prefix: str, more: Sequence[Any], more_parts: MoreParts | None
+) -> RunView:
+    bar = gr.HTML(text(NO_RUN), elem_id=f"{prefix}-bar")
     buttons = _buttons(prefix)
     samples = gr.Gallery(
         label="Sample pictures as training goes on, the base model first",
@@ -112,9 +128,9 @@ def _components(shared: Shared, prefix: str) -> RunView:
                 format="png",
                 buttons=["download", "fullscreen"],
             )
-    look = _look(shared, AllocationPictures())
-    timer, status, seen = gr.Timer(POLL, active=False), gr.State(None), gr.State({})
-    return RunView(bar, plot, samples, allocation, *buttons, timer, status, seen, look)
+    look = _look(shared, AllocationPictures(), more_parts or (lambda jobs, run, status: {}))
+    timer, seen = gr.Timer(POLL), gr.State({})
+    return RunView(bar, plot, samples, allocation, *buttons, timer, more, seen, look)
 
 
 def _buttons(prefix: str) -> list[gr.Button]:
@@ -137,35 +153,56 @@ def _buttons(prefix: str) -> list[gr.Button]:
         ]
 
 
-def _look(shared: Shared, pictures: AllocationPictures) -> Callable[..., tuple[Any, ...]]:
+def _look(
+    shared: Shared, pictures: AllocationPictures, more_parts: MoreParts
+) -> Callable[..., tuple[Any, ...]]:
     def look(run: str | None, seen: Seen | None, request: gr.Request) -> tuple[Any, ...]:
-        parts = _parts(shared.workspace(request).jobs, run or None, pictures)
-        before = seen or {}
+        jobs, before = shared.workspace(request).jobs, seen or {}
+        run, status, problem = _status(jobs, run)
+        waited = 0 if run else before.get("waited", 0) + 1
+        parts = {
+            **_parts(jobs, run, status, problem, pictures),
+            "timer": _timer(status, waited),
+            **more_parts(jobs, run, status),
+        }
         updates = [
-            gr.skip() if before.get(name) == version else make()
+            gr.skip() if name in before and before[name] == version else make()
             for name, (version, make) in parts.items()
         ]
-        return *updates, {name: version for name, (version, _) in parts.items()}
+        versions = {name: version for name, (version, _) in parts.items()}
+        return *updates, {**versions, "waited": waited}
 
     return look
 
 
-def _parts(
-    jobs: Jobs, run: str | None, pictures: AllocationPictures
-) -> dict[str, tuple[Any, Callable[[], Any]]]:
-    """(what it depends on, how it is made) of every part: made only if that changed."""
+def _status(jobs: Jobs, run: str | None) -> tuple[str | None, JobStatus | None, str]:
+    """Id and status of a run; none and why for one that was deleted meanwhile."""
     try:
-        status = None if run is None else jobs.status(run)
-        events = [] if run is None else jobs.events(run)
-        sheets = [] if run is None else jobs.samples(run)
-        able = _able(jobs, run, status)
-        bar = bar_html(status)
-    except SnellaError as error:  # deleted meanwhile: said once, not on every look
-        status, events, sheets, able, bar = None, [], [], _able(jobs, None, None), text(str(error))
+        return (run, jobs.status(run), "") if run else (None, None, NO_RUN)
+    except SnellaError as error:
+        return None, None, str(error)
+
+
+def _timer(status: JobStatus | None, waited: int) -> Part:
+    """It ticks while a run is going, and a few times before the page knows of one."""
+    active = status.running if status is not None else waited < WAITS
+    return active, lambda: gr.update(active=active)
+
+
+def _parts(
+    jobs: Jobs,
+    run: str | None,
+    status: JobStatus | None,
+    problem: str,
+    pictures: AllocationPictures,
+) -> dict[str, Part]:
+    """What is shown of a run, in the order of the view's components."""
+    events = jobs.events(run) if run else []
+    sheets = jobs.samples(run) if run else []
+    able = _able(jobs, run, status)
+    bar = text(problem) if status is None else bar_html(status)
     again = "Start again" if able["again"] else "Resume"
     drawn = allocation_version(events)
-    going = status is not None and status.running
-    now = None if status is None else (run, status.state)
     return {
         "bar": (bar, lambda: bar),
         "curves": ((run, len(events)), lambda: _frame(curves(events))),
@@ -178,8 +215,6 @@ def _parts(
             lambda: gr.update(interactive=able["resume"], value=again),
         ),
         "draw": (able["draw"], lambda: gr.update(interactive=able["draw"])),
-        "timer": (going, lambda: gr.update(active=going)),
-        "status": (now, lambda: now),
     }
 
 
@@ -225,10 +260,8 @@ def gallery(sheets: Sequence[tuple[int, Any]]) -> list[tuple[str, str]]:
     return [(cached(path), f"step {step}") for step, path in sheets]
 
 
-def bar_html(status: JobStatus | None) -> str:
+def bar_html(status: JobStatus) -> str:
     """A progress bar with its sentence; the sentence is escaped, as it may quote a log."""
-    if status is None:
-        return text(NO_RUN)
     words = html.escape(sentence(status))
     # While it counts steps, a screen reader should not read every one of them.
     live = "off" if status.state == "training" else "polite"
