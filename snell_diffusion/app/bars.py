@@ -7,21 +7,20 @@ from PIL import Image, ImageDraw, ImageFont
 
 from snell_diffusion.app.allocation import colours
 
-WIDTH, HEIGHT = 760, 320  # pixels
+WIDTH, HEIGHT = 760, 340  # pixels
 LETTER = 17
-LEFT, RIGHT, TOP, BOTTOM = 74, 16, 44, 46
+LEFT, RIGHT, TOP, BOTTOM = 74, 16, 76, 46  # the page writes a picture's label into its corner
 GAP = 8
 _INK, _GRID, _BAND = (40, 40, 40), (200, 200, 200), (244, 244, 248)
 _UNKNOWN = (150, 150, 150)
 
 
 def bars(
-    title: str, blocks: Sequence[str], values: Sequence[float | None], top: float | None = None
+    blocks: Sequence[str], values: Sequence[float | None], top: float | None = None
 ) -> Image.Image:
     """A bar for each layer's share.
 
     Args:
-        title: Above the picture.
         blocks: Block of each layer; those of one block are neighbours.
         values: Shares, 0 and more; None for one that is not known.
         top: Share at the upper edge; default the largest.
@@ -33,7 +32,6 @@ def bars(
     top = top if top is not None else max(known, default=0.0) or 1.0
     canvas = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(LETTER)
-    pen.text((LEFT, GAP), title, _INK, font)
     slot = (WIDTH - LEFT - RIGHT) / max(1, len(values))
     _bands(pen, font, blocks, slot)
     _scale(pen, font, top)

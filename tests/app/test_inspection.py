@@ -196,12 +196,12 @@ def test_a_measurement_that_takes_too_long_is_ended(files, monkeypatch):
 
 
 def test_bars_stand_on_the_floor_and_the_highest_is_at_the_top():
-    picture = bars("t", ["a", "a", "b", "b"], [0.0, 0.5, 1.0, None], top=1.0)
+    picture = bars(["a", "a", "b", "b"], [0.0, 0.5, 1.0, None], top=1.0)
     assert picture.size == (WIDTH, HEIGHT)
     yellow = (253, 231, 37)
-    columns = {x for x in range(WIDTH) for y in (60, 100) if picture.getpixel((x, y)) == yellow}
+    columns = {x for x in range(WIDTH) for y in (80, 100) if picture.getpixel((x, y)) == yellow}
     assert columns
     assert max(columns) - min(columns) < WIDTH / 4
-    assert bars("t", [], []).size == (WIDTH, HEIGHT)
-    assert bars("t", ["a"], [None]).size == (WIDTH, HEIGHT)
+    assert bars([], []).size == (WIDTH, HEIGHT)
+    assert bars(["a"], [None]).size == (WIDTH, HEIGHT)
     assert [percent(value) for value in (0, 0.004, 0.031, 0.5)] == ["0%", "0.4%", "3.1%", "50%"]

@@ -65,7 +65,9 @@ class InspectTab:
             label="Share of its weights that each layer changes", elem_id="inspect-map", **PICTURE
         )
         self.sizes = gr.Image(
-            label="Size of each layer's update", elem_id="inspect-sizes", **PICTURE
+            label="Size of each layer's update against the base's weights",
+            elem_id="inspect-sizes",
+            **PICTURE,
         )
         self.size_text = gr.HTML("", elem_id="inspect-size-text")
         with gr.Accordion("All layers as a table", open=False):
@@ -88,7 +90,7 @@ class InspectTab:
                 self.overlap = gr.HTML(NO_PAIR, elem_id="inspect-overlap")
             with gr.Column(min_width=300):
                 self.meeting = gr.Image(
-                    label="Where the two meet",
+                    label="How much both work on the same weights, by layer",
                     visible=False,
                     elem_id="inspect-overlap-map",
                     **PICTURE,
@@ -132,8 +134,7 @@ class InspectTab:
         adapter, file = self._read(self.shared.workspace(request), chosen)
         rows = layer_facts(file.header)
         shares = [row.kept_share for row in rows]
-        title = "Share of each layer's weights that the adapter changes"
-        picture = bars(title, [row.block for row in rows], shares, top=1.0)
+        picture = bars([row.block for row in rows], shares, top=1.0)
         found = facts(adapter, file, self.shared.app.bases)
         return table(found), picture, layer_table(rows), None, "<p>Measuring the update …</p>"
 
@@ -142,8 +143,7 @@ class InspectTab:
             return None, "", gr.skip()
         adapter, file = self._read(self.shared.workspace(request), chosen)
         rows, measured = layer_facts(file.header), sizes_of(adapter, self.shared.app.bases)
-        title = "|ΔW| / |W|: size of the update against the base's weights"
-        picture = bars(title, [row.block for row in rows], [row.ratio for row in measured])
+        picture = bars([row.block for row in rows], [row.ratio for row in measured])
         text = f"<p>{html.escape(size_sentence(measured))}</p>"
         return picture, text, layer_table(rows, measured)
 
@@ -160,7 +160,6 @@ class InspectTab:
             return pair_html(found), hidden, []
         blocks = {row.name: row.block for row in layer_facts(files[0].header)}
         picture = bars(
-            "Layer by layer: how much both work on the same weights",
             [blocks[row.name] for row in found.layers],
             [row.interference for row in found.layers],
             top=1.0,
