@@ -15,10 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 from snell_diffusion.app.event_log import Event
 from snell_diffusion.training.plots import place_of
 
-WIDTH = 760  # pixels; with letters of 17 it can be read on a narrow screen too
-LETTER = 17
+WIDTH = 600  # pixels; with letters of 18 it can be read on a narrow screen too
+LETTER = 18
 HEAT, BARS = 190, 150  # heights of the two parts in pixels
-LEFT, RIGHT, GAP = 74, 84, 8
+LEFT, RIGHT, GAP = 66, 94, 8
 HELD = 32  # pictures that stay in memory, half a megabyte each
 # Dark blue over green to yellow: grows in lightness, so it is read without colours as well.
 _RAMP = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], float)
@@ -88,7 +88,7 @@ def draw(found: Allocation) -> Image.Image:
     top = 2 * line
     canvas = Image.new("RGB", (WIDTH, top + HEAT + 2 * line + BARS + 2 * line), "white")
     pen = ImageDraw.Draw(canvas)
-    pen.text((LEFT, GAP), "Share of its update that each layer keeps, over the steps", _INK, font)
+    pen.text((LEFT, GAP), "Share of its update that each layer keeps", _INK, font)
     _heat(canvas, pen, font, found, top)
     _scale(canvas, pen, font, top)
     below = top + HEAT + 2 * line

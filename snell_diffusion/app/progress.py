@@ -12,7 +12,7 @@ from snell_diffusion.app.event_log import Event
 from snell_diffusion.app.job_record import JobStatus
 
 POINTS = 400  # of a curve; a plot has fewer pixels than a run may have steps
-TRAINING, HELD_OUT, BASE = "training photos (mean)", "held-out photos", "held-out, base model"
+TRAINING, HELD_OUT, BASE = "training", "held-out", "base model"
 KINDS = (TRAINING, HELD_OUT, BASE)
 UNKNOWN = "-"
 

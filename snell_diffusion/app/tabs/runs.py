@@ -16,6 +16,7 @@ from snell_diffusion.app.views.run import Part, run_view
 from snell_diffusion.errors import SnellaValueError
 
 HEADERS = ("Subject", "Base", "Method", "Status", "Time", "Steps", "Best loss", "Started", "Run")
+WIDTHS = ("130px", "130px", "90px", "110px", "130px", "130px", "110px", "180px", "110px")
 SHORT = 8  # digits of an id in the table
 NONE = "There are no runs yet: start one in the first tab."
 CHOOSE = (
@@ -31,7 +32,7 @@ def build(shared: Shared) -> None:
         headers=list(HEADERS),
         datatype="str",
         interactive=False,
-        wrap=True,
+        column_widths=list(WIDTHS),
         show_search="search",
         max_height=320,
         label="Runs",

@@ -17,6 +17,14 @@ from snell_diffusion.app.views.files import cached
 from snell_diffusion.errors import SnellaError
 
 NO_RUN = "No run yet."
+HINT = (
+    "Pause saves the run, to go on later. Stop saves it too and keeps what it learned so far as an "
+    "adapter to draw with."
+)
+CAPTION = (
+    "Training: mean over the last steps. Held-out: photos that are never trained on. Base model: "
+    "the same photos before training."
+)
 COLOURS = dict(zip(KINDS, ("#4f46e5", "#c2410c", "#9a9a9a"), strict=True))
 WAITS = 3  # ticks of a page that shows no run before it stops asking
 Seen = dict[str, Any]
@@ -97,10 +105,13 @@ def _components(
 ) -> RunView:
     bar = gr.HTML(text(NO_RUN), elem_id=f"{prefix}-bar")
     buttons = _buttons(prefix)
+    gr.Markdown(HINT)
     samples = gr.Gallery(
         label="Sample pictures as training goes on, the base model first",
         elem_id=f"{prefix}-samples",
+        elem_classes="run-samples",
         columns=2,
+        fit_columns=False,
         object_fit="contain",
         interactive=False,
         buttons=["download", "fullscreen"],
@@ -114,6 +125,7 @@ def _components(
                 color="kind",
                 color_map=COLOURS,
                 title="Loss over the steps (lower is better)",
+                caption=CAPTION,
                 x_title="step",
                 y_title="loss",
                 color_title=" ",
@@ -122,7 +134,8 @@ def _components(
             )
         with gr.Column(min_width=300):
             allocation = gr.Image(
-                label="Where the weights go: layers compete for them",
+                label="Where the weights go",
+                show_label=False,  # it would cover the picture's own title
                 elem_id=f"{prefix}-allocation",
                 interactive=False,
                 format="png",
@@ -136,7 +149,7 @@ def _components(
 def _buttons(prefix: str) -> list[gr.Button]:
     kinds = (
         ("pause", "Pause", "secondary"),
-        ("stop", "Stop and keep", "stop"),
+        ("stop", "Stop", "stop"),
         ("resume", "Resume", "secondary"),
         ("draw", "Draw with it", "primary"),
     )
@@ -267,7 +280,8 @@ def bar_html(status: JobStatus) -> str:
     live = "off" if status.state == "training" else "polite"
     value = "" if status.running and not status.step else f'value="{share(status):.4f}"'
     return (
-        f'<progress {value} max="1" style="width:100%" aria-label="Progress of the run"></progress>'
+        f'<progress {value} max="1" style="width:100%;accent-color:var(--primary-500)" '
+        f'aria-label="Progress of the run"></progress>'
         f'<p aria-live="{live}" data-state="{html.escape(status.state)}">{words}</p>'
     )
 
