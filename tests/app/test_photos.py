@@ -1,7 +1,7 @@
 import pytest
 from PIL import Image, ImageCms
 
-from snell_diffusion.app.photos import MAX_PHOTOS, MAX_SIDE, store_photos
+from snell_diffusion.app.photos import MAX_PHOTOS, MAX_SIDE, notes, shown_name, store_photos
 from snell_diffusion.errors import SnellaValueError
 
 ORIENTATION = 0x0112
@@ -75,3 +75,35 @@ def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path):
 def test_the_number_of_photos_is_limited(tmp_path, photo, count, message):
     with pytest.raises(SnellaValueError, match=message):
         store_photos([photo] * count, tmp_path / "photos")
+
+
+def test_notes_name_what_is_worth_a_look(tmp_path):
+    for index, angle in enumerate((0, 0, 90)):
+        picture = Image.linear_gradient("L").rotate(angle).convert("RGB")
+        picture.resize((40 if index == 2 else 200,) * 2).save(tmp_path / f"photo-{index:02d}.png")
+    again = Image.linear_gradient("L").convert("RGB").resize((150, 150))
+    again.save(tmp_path / "photo-03.png")
+    names = {f"photo-{index:02d}.png": f"{name}.jpg" for index, name in enumerate("abcd")}
+    assert notes(tmp_path, names, 64) == [
+        "b.jpg is there twice: remove one of them.",
+        "d.jpg looks like a.jpg. What is the same in all photos is learned as part of the subject, "
+        "so different photos teach more.",
+        "c.jpg is smaller than the 64 pixels that this model learns at, and is enlarged: it will "
+        "look soft.",
+    ]
+    assert len(notes(tmp_path, names)) == 2
+
+
+def test_too_few_photos_are_noted(tmp_path, photo):
+    store_photos([photo], tmp_path / "photos")
+    assert notes(tmp_path / "photos", {"photo-00.png": "cat.jpg"}) == [
+        "Only 1 so far. Three is the least that works; five to ten are better."
+    ]
+    assert notes(tmp_path / "nowhere", {}) == []
+
+
+def test_a_long_name_is_cut_and_a_path_is_not_shown():
+    assert shown_name("/srv/secret/cat.jpg") == "cat.jpg"
+    assert len(shown_name("x" * 300 + ".jpg")) == 60
+    assert shown_name("x" * 300 + ".jpg").endswith("x.jpg")
+    assert shown_name("a\u202eb.jpg") == "a\\u202eb.jpg"
