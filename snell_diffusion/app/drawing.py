@@ -159,10 +159,17 @@ _KINDS = {
 def _expected(field: str, value: object, limits: Limits) -> str:
     if field in _ranges(limits):
         name, low, high, kind = _ranges(limits)[field]
-        return f"{name} must be {kind} from {low:g} to {high:.10g}, got {quoted(value, 40)}"
+        return f"{name} must be {kind} from {low:g} to {high:.10g}, got {_came(value)}"
     if field in _KINDS:
-        return f"{field} must be {_KINDS[field]}, got {quoted(value, 40)}"
+        return f"{field} must be {_KINDS[field]}, got {_came(value)}"
     return f"a request to draw has no field {quoted(field, 40)}"
+
+
+def _came(value: object) -> str:
+    """A value for an error text; Python refuses to print integers of very many digits."""
+    if isinstance(value, int) and abs(value) > 10**30:
+        return "a number of more than 30 digits"
+    return quoted(value, 40)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from snell_diffusion.app.compare import KINDS, NO_ADAPTER, Grid, caption, plan, 
 from snell_diffusion.app.drawing import Result, Step
 from snell_diffusion.app.pictures import labelled_grid, png_bytes
 from snell_diffusion.app.shared import HIDDEN, PICTURE, PIPELINE, QUIET, Shared, said
-from snell_diffusion.app.views.bars import bar, done, step_bar
+from snell_diffusion.app.views.progress_bar import bar, done, step_bar
 from snell_diffusion.app.views.drawing_form import NOTHING, Form, choices_of
 from snell_diffusion.app.workspace import Workspace
 
