@@ -106,8 +106,10 @@ def _components(
     bar = gr.HTML(text(NO_RUN), elem_id=f"{prefix}-bar")
     buttons = _buttons(prefix)
     gr.Markdown(HINT)
+    gr.Markdown("**Sample pictures as training goes on, the base model first**")
     samples = gr.Gallery(
-        label="Sample pictures as training goes on, the base model first",
+        label="Sample pictures",
+        show_label=False,  # it would cover the first one
         elem_id=f"{prefix}-samples",
         elem_classes="run-samples",
         columns=2,
@@ -125,13 +127,13 @@ def _components(
                 color="kind",
                 color_map=COLOURS,
                 title="Loss over the steps (lower is better)",
-                caption=CAPTION,
                 x_title="step",
                 y_title="loss",
                 color_title=" ",
                 height=340,
                 elem_id=f"{prefix}-curves",
             )
+            gr.Markdown(CAPTION)
         with gr.Column(min_width=300):
             allocation = gr.Image(
                 label="Where the weights go",
