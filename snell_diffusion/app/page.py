@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import gradio as gr
 
+from snell_diffusion.app import endpoints
 from snell_diffusion.app.shared import Shared
 from snell_diffusion.app.tabs import compare, generate, inspect, personalize, runs
 from snell_diffusion.app.workspace import App
@@ -30,4 +31,5 @@ def build(app: App) -> gr.Blocks:
                 with gr.Tab(label, id=name, elem_id=f"tab-{name}") as tab:
                     fill(shared)
                 shared.connect(name, tab)
+        endpoints.register(shared)
     return page
