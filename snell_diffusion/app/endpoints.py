@@ -113,7 +113,7 @@ class Endpoints:
         photo, in their order, each of up to {limits.prompt} characters; "" takes it back."""
         drafts = self._own(request).drafts
         count = len(drafts.get(draft).stored)
-        if not isinstance(texts, list) or len(texts) != count:
+        if len(_texts(texts, "texts")) != count:
             raise SnellaValueError(f"there are {count} photos: give a list of {count} captions")
         for index, text in enumerate(texts):
             drafts.caption(draft, index, text)
@@ -289,10 +289,11 @@ class Endpoints:
         workspace, limits = self._own(request), self._app.limits
         common = {**self._fields(base, steps, guidance, None, None), "prompt": prompt, "seed": seed}
         common["adapters"] = DrawRequest.of(limits, **common, adapters=adapters or []).adapters
-        ids = [*_texts(compared), *(name for name, _ in common["adapters"])]
+        chosen = _texts(compared or [], "compared")
+        ids = [*chosen, *(name for name, _ in common["adapters"])]
         names = {name: workspace.library.get(name).label for name in ids if name}
-        down = read_axis(rows, row_values, _texts(compared), names, limits)
-        across = read_axis(columns, column_values, _texts(compared), names, limits)
+        down = read_axis(rows, row_values, chosen, names, limits)
+        across = read_axis(columns, column_values, chosen, names, limits)
         grid = plan(common, down, across, limits)
         pictures: list[Image.Image] = []
         for news in self._app.studio.draw_all(grid.requests, workspace):
@@ -322,11 +323,9 @@ class Endpoints:
         }
 
 
-def _texts(values: Any) -> list[str]:
-    if values is None:
-        return []
+def _texts(values: Any, name: str) -> list[str]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise SnellaValueError("compared must be a list of ids of adapters")
+        raise SnellaValueError(f"{name} must be a list of texts")
     return values
 
 
