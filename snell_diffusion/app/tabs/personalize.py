@@ -25,7 +25,7 @@ WORLD = (
     "panda, penguin, owl, fish, mushroom, cactus, sneaker, clock, vase, rocket, house, rabbit, "
     "frog, boot, candle, can, sunglasses, bowl, guitar, apple, monster. Take the nearest one."
 )
-KIND_OF_THING = "One or two English words for the kind of thing, as on a label: cat, teapot."
+KIND_OF_THING = "One or two English words for the kind of thing: cat, teapot; or of style: print."
 KEY = "snella-personalize"  # not a secret: what is kept is of use in one's own workspace only
 # In the browser, as nothing of the file needs the server again.
 DOWNLOAD = """(text) => {
@@ -122,8 +122,8 @@ def _subject_step(steps: gr.Walkthrough) -> SubjectStep:
     world = gr.Markdown(elem_id="personalize-world")
     name = gr.Textbox(
         label="A name for it (optional)",
-        info="A word that will mean your subject in every prompt: a new word, such as mika. "
-        "Empty: one is made up.",
+        info="A word that will mean your subject in every prompt. The built-in models learn a new "
+        "word best, written <mika>; larger ones take a rare one, such as sks. Empty: one is chosen.",
         max_length=40,
         elem_id="personalize-name",
     )
