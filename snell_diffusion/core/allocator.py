@@ -252,20 +252,29 @@ class Allocator:
         """Take parameters and gradients by "<A or B>.<layer>" into I and U."""
         shapes = {key: p.shape for key, (p, _) in taken.items()}
         P = self._sensitivities(taken)
-        old_I, old_U = (self._laid_out(statistic, shapes, P) for statistic in "IU")
-        new_I = self.beta1 * old_I + (1 - self.beta1) * P
-        new_U = self.beta2 * old_U + (1 - self.beta2) * (P - new_I).abs()
-        if not (at_hand(P) and bool(P.isfinite().all())):
-            finite = self._finite(shapes, P)
-            new_I, new_U = (
-                torch.where(finite, new, old) for new, old in ((new_I, old_I), (new_U, old_U))
-            )
-        for statistic, flat in (("I", new_I), ("U", new_U)):
-            parts = flat.split([shape.numel() for shape in shapes.values()])
+        I, U = (self._laid_out(statistic, shapes, P) for statistic in "IU")
+        # A sum is the fastest look at all of them; one that overflows costs a second look.
+        if at_hand(P) and math.isfinite(float(P.sum())):
+            self._advance(I, U, P)
+        else:
+            finite, new_I, new_U = self._finite(shapes, P), I.clone(), U.clone()
+            self._advance(new_I, new_U, P)
+            for old, new in ((I, new_I), (U, new_U)):
+                old.copy_(torch.where(finite, new, old))
+        if self._layout != list(shapes.items()) or self._flat["I"] is not I:
+            self._lay_out({"I": I, "U": U}, shapes)
+
+    def _advance(self, I: Tensor, U: Tensor, P: Tensor) -> None:
+        I.mul_(self.beta1).add_((1 - self.beta1) * P)
+        U.mul_(self.beta2).add_((P - I).abs_().mul_(1 - self.beta2))
+
+    def _lay_out(self, flat: dict[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+        """Keep I and U as they lie here, which later steps change in place."""
+        for statistic, values in flat.items():
+            parts = values.split([shape.numel() for shape in shapes.values()])
             for (key, shape), part in zip(shapes.items(), parts, strict=True):
                 self._smoothed[f"{statistic}.{key}"] = part.view(shape)
-            self._flat[statistic] = flat
-        self._layout = list(shapes.items())
+        self._flat, self._layout = flat, list(shapes.items())
 
     def _sensitivities(self, taken: Mapping[str, tuple[Tensor, Tensor | None]]) -> Tensor:
         """|parameter x gradient|, or |parameter| for metric "mag", one after the other."""
@@ -312,11 +321,16 @@ class Allocator:
         if not shapes:
             return dict.fromkeys(self.sizes, 0.0)
         like = self._smoothed[f"I.{next(iter(shapes))}"]
-        I, U = (_double(self._laid_out(statistic, shapes, like)) for statistic in "IU")
-        parts = (I * U).split([shape.numel() for shape in shapes.values()])
+        I, U = (self._laid_out(statistic, shapes, like) for statistic in "IU")
+        sizes = [shape.numel() for shape in shapes.values()]
+        if at_hand(I):  # part by part: the products stay in the cache
+            pairs = zip(I.split(sizes), U.split(sizes), strict=True)
+            sums = [(i.double() * u.double()).sum() for i, u in pairs]
+        else:
+            sums = [part.sum() for part in (_double(I) * _double(U)).split(sizes)]
         # Read together: one wait for the device in place of one per factor.
-        means = torch.stack([part.mean() for part in parts]).tolist()
-        mean = dict(zip(shapes, means, strict=True))
+        totals = torch.stack(sums).tolist()
+        mean = {key: total / n for key, total, n in zip(shapes, totals, sizes, strict=True)}
         return {n: mean.get(f"A.{n}", 0.0) + mean.get(f"B.{n}", 0.0) for n in self.sizes}
 
 

@@ -46,8 +46,7 @@ class Walk(ABC):
 
     def fold_into(self, out: Tensor, columns: slice, weight: Tensor | None, scale: float) -> None:
         """out = weight + scale * delta(columns), all [O, W]; rounded as `place` does."""
-        delta = self.delta(columns)
-        place(out, delta if scale == 1.0 else delta * scale, weight)
+        place(out, self.delta(columns), weight, scale)
 
     @abstractmethod
     def pull(self, gdelta: Tensor) -> None:
@@ -317,14 +316,13 @@ def assemble(
     return out
 
 
-def place(out: Tensor, delta: Tensor, base: Tensor | None) -> None:
-    """out = base + delta, summed in the wider dtype, rounded to that of base and then of out."""
-    if base is None:
-        out.copy_(delta)
-    elif out.dtype == base.dtype == delta.dtype:
-        torch.add(base, delta, out=out)
-    else:
-        out.copy_(fold(base, delta))
+def place(out: Tensor, delta: Tensor, base: Tensor | None, scale: float) -> None:
+    """out = base + scale * delta, summed in the wider dtype, rounded to that of base, then out."""
+    if base is not None and out.dtype == base.dtype == delta.dtype:
+        torch.add(base, delta, alpha=scale, out=out)
+        return
+    delta = delta if scale == 1.0 else delta * scale
+    out.copy_(delta if base is None else fold(base, delta))
 
 
 def fold(weight: Tensor, delta: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .kernels import positive_gamma
-from .precision import at_hand
 from .product_form import PointGradients, Points
 from .scratch import Scratch
 
@@ -65,13 +64,18 @@ class EuclideanBlocks:
 class Mixer:
     """w = K + alpha softmax_o(K / gamma) + beta on blocks [G, O, W], and its derivatives."""
 
-    def __init__(self, scalars: Sequence[Tensor], reach: Tensor, scratch: Scratch) -> None:
-        """`scalars` are alpha, gamma, beta, [G, 1]; no |K| of a layer is above `reach` [G]."""
+    def __init__(
+        self, scalars: Sequence[Tensor], reach: Sequence[float] | None, scratch: Scratch
+    ) -> None:
+        """`scalars` are alpha, gamma, beta, [G, 1]; no |K| of a layer is above `reach` [G], if
+        that is known."""
         self._alpha, gamma, self._beta = (t.reshape(-1, 1, 1) for t in scalars)
-        self._rate = 1 / torch.as_tensor(positive_gamma(gamma))
+        self._rate = torch.as_tensor(positive_gamma(gamma)).reciprocal()
         # Where no exponent can overflow, the largest need not be looked for.
-        exponent = reach.view(-1, 1, 1) * self._rate
-        self._shifts = not (at_hand(exponent) and float(exponent.max()) < MAX_EXPONENT)
+        rates = self._rate.flatten().tolist() if reach is not None else ()
+        self._shifts = not (
+            reach and all(r * k < MAX_EXPONENT for r, k in zip(rates, reach, strict=True))
+        )
         self._scratch = scratch
         self._sums = torch.zeros(3, len(gamma), dtype=torch.float64, device=gamma.device)
 
@@ -81,7 +85,7 @@ class Mixer:
         if self._shifts:
             exponent -= exponent.amax(1, keepdim=True)
         self._K, self._e = K, exponent.exp_()
-        self._share = 1 / self._e.sum(1, keepdim=True)
+        self._share = self._e.sum(1, keepdim=True).reciprocal_()
         torch.add(K, self._beta, out=w)
         return w.addcmul_(self._e, self._alpha * self._share)
 

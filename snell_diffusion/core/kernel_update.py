@@ -111,18 +111,24 @@ class KernelUpdate(BlockUpdate):
         if not self.has_threshold:
             return (), None
         walk = self._walk(params, (), [False] * len(params), scratch, None)
-        outputs, inputs = self.shape(params)
         most = WHOLE_ENTRIES * (AT_HAND if at_hand(params[0]) else 1)
-        if outputs * inputs > most and params[0].dtype != torch.float64:
+        if math.prod(self.shape(params)) > most and params[0].dtype != torch.float64:
             return self._measure_blocks(params, walk), None
+        w = self._whole(params, walk, scratch)
+        t = threshold(w, self.sparsity) if self.limit is None else self.limit
+        return (t, *([all_zero(w)] if self.lives_at_zero else [])), w
+
+    def _whole(self, params: Sequence[Tensor], walk: "_Walk", scratch: Scratch) -> Tensor:
+        """w [O, I]; scratch."""
         w: Tensor | None = None
         for columns in self.columns(params):
             block = walk.dense(columns)
-            w = scratch.take("whole", (outputs, inputs), block) if w is None else w
+            if block.shape == self.shape(params):
+                return block
+            w = scratch.take("whole", self.shape(params), block) if w is None else w
             w[:, columns] = block
         assert w is not None
-        t = threshold(w, self.sparsity) if self.limit is None else self.limit
-        return (t, *([all_zero(w)] if self.lives_at_zero else [])), w
+        return w
 
     def by_products(self, A: Tensor) -> bool:
         """Whether blocks come from matrix products, `euclidean.EuclideanBlocks`."""
@@ -227,7 +233,9 @@ class _Walk(Walk):
 
     def pull(self, gdelta: Tensor) -> None:
         assert self._factor is not None
-        self.pull_dense(gdelta * self._factor)
+        dtype = torch.promote_types(gdelta.dtype, self._factor.dtype)
+        gw = self.scratch.take("gw", tuple(gdelta.shape), gdelta, dtype)
+        self.pull_dense(torch.mul(gdelta, self._factor, out=gw))
 
 
 class _PlainWalk(_Walk):

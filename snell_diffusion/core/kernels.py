@@ -83,6 +83,8 @@ def positive_gamma(gamma: Tensor | float) -> Tensor | float:
     """The temperature `mix` uses: max(gamma, GAMMA_MIN), its gradient that of gamma itself."""
     if not isinstance(gamma, Tensor):
         return max(gamma, GAMMA_MIN)
+    if not torch.is_grad_enabled():
+        return gamma.clamp_min(GAMMA_MIN)
     return torch.where(gamma > GAMMA_MIN, gamma, gamma - gamma.detach() + GAMMA_MIN)
 
 

@@ -22,12 +22,15 @@ from .scratch import Scratch
 class Points:
     """Both sets of points of all heads, centred, scaled by |signs|, ready to be multiplied."""
 
-    left: Tensor  # [G H, O, q + 2]
-    right: Tensor  # [G H, I, q + 2]
+    left: Tensor  # [G H, q + 2, O]: 1, -2b, |b|^2
+    right: Tensor  # [G H, q + 2, I]: |a|^2, a, 1
+    b: Tensor  # [G H, q + 1, O]: b, 1
+    a: Tensor  # [G H, q + 1, I]: a, 1
     signs: Tensor  # [G, H], -1, 0 or 1
     sizes: Tensor  # [G H, 1, 1], |signs|
     noise: Tensor  # [G H], squared distances not above it count as zero
-    reach: Tensor  # [G], no |K| is larger
+    limits: list[float] | None  # the same as numbers where they are at hand
+    reach: list[float] | None  # [G], no |K| is larger; where numbers are at hand
     scratch: Scratch
 
     @classmethod
@@ -39,31 +42,40 @@ class Points:
         dtype = torch.float64 if A.is_cuda else torch.float32
         sizes = signs.abs().view(-1, 1, 1)
         A, B = A.flatten(0, 1), B.flatten(0, 1)
-        mean = B.mean(1, keepdim=True)  # a common shift keeps distances and saves digits
-        a, b = ((t - mean).mul_(sizes).to(dtype) for t in (A, B))
-        a_norm, b_norm = (t.square().sum(2, keepdim=True) for t in (a, b))
-        left = torch.cat([b.mul(-2), torch.ones_like(b_norm), b_norm], 2)
-        right = torch.cat([a, a_norm, torch.ones_like(a_norm)], 2)
-        farthest = a_norm.amax((1, 2)) + b_norm.amax((1, 2))
-        noise = farthest * (torch.finfo(dtype).eps * right.shape[2])
-        reach = (2 * farthest).sqrt().view(signs.shape).sum(1).float()
-        return cls(left, right, signs.sign(), sizes, noise, reach, scratch)
+        # Together, since in small matrices every call counts; transposed: long rows are fast.
+        rows = A.new_empty(len(A), A.shape[2] + 2, A.shape[1] + B.shape[1], dtype=dtype)
+        norms, p, ones = rows[:, :1], rows[:, 1:-1], rows[:, -1:]
+        torch.cat([A.mT, B.mT], 2, out=p)
+        p -= B.mean(1).unsqueeze(2)  # a common shift keeps distances and saves digits
+        p *= sizes
+        torch.sum(p.square(), 1, keepdim=True, out=norms)
+        ones.fill_(1)
+        right, b = rows.split([A.shape[1], B.shape[1]], 2)
+        left = torch.cat([b[:, -1:], b[:, 1:-1] * -2, b[:, :1]], 1)
+        farthest = right[:, 0].amax(1) + b[:, 0].amax(1)
+        noise = farthest * (torch.finfo(dtype).eps * right.shape[1])
+        limits = reach = None
+        if at_hand(noise):
+            limits = noise.tolist()
+            reach = (2 * farthest).sqrt_().view(signs.shape).sum(1).tolist()
+        points = b[:, 1:], right[:, 1:]
+        return cls(left, right, *points, signs.sign(), sizes, noise, limits, reach, scratch)
 
     def distances(self, columns: slice) -> tuple[Tensor, Tensor]:
         """|signs| |b - a| and its reciprocal (0 for 0), both [G H, O, W] float32.
 
         They are scratch: the next block overwrites them.
         """
-        right = self.right[:, columns].mT
-        shape = (len(right), self.left.shape[1], right.shape[2])
+        left, right = self.left.mT, self.right[..., columns]
+        shape = (len(right), left.shape[1], right.shape[2])
         squared, inverse = (self.scratch.take(name, shape, right) for name in "di")
         if self._heads_alike(shape[2]):
-            torch.bmm(self.left, right, out=squared)
+            torch.bmm(left, right, out=squared)
         else:
             torch.stack(
-                [b.clone() @ a.clone() for b, a in zip(self.left, right, strict=True)], out=squared
+                [b.clone() @ a.clone() for b, a in zip(left, right, strict=True)], out=squared
             )
-        self._without_noise(squared, inverse).rsqrt_()
+        self._invert(squared, inverse)
         return squared.mul_(inverse).float(), inverse.float()
 
     def _heads_alike(self, width: int) -> bool:
@@ -71,7 +83,7 @@ class Points:
 
         Else a batched product may round equal heads differently, and their sum is not exactly 0.
         """
-        sizes = self.left.shape[1], self.right.shape[1], width
+        sizes = self.left.shape[2], self.right.shape[2], width
         return self.left.device.type != "cpu" or all(size % 16 == 0 for size in sizes)
 
     def kernel(self, d: Tensor) -> Tensor:
@@ -86,14 +98,17 @@ class Points:
         torch.bmm(self.signs.view(G, 1, H), d.view(G, H, -1), out=K.view(G, 1, -1))
         return K
 
-    def _without_noise(self, squared: Tensor, out: Tensor) -> Tensor:
-        """Squared distances, infinity in place of those that count as zero."""
-        if not at_hand(squared):
+    def _invert(self, squared: Tensor, out: Tensor) -> None:
+        """out = 1 / sqrt(squared), 0 where a squared distance counts as zero."""
+        if self.limits is None:
             noise = self.noise.view(-1, 1, 1)
-            return out.copy_(squared).masked_fill_(squared <= noise, torch.inf)
-        for one, limit, result in zip(squared, self.noise.tolist(), out, strict=True):
-            torch.threshold(one, limit, torch.inf, out=result)
-        return out
+            out.copy_(squared).masked_fill_(squared <= noise, torch.inf).rsqrt_()
+        elif float(squared.amin()) > max(self.limits):
+            torch.rsqrt(squared, out=out)
+        else:
+            for one, limit, result in zip(squared, self.limits, out, strict=True):
+                torch.threshold(one, limit, torch.inf, out=result)
+            out.rsqrt_()
 
 
 class PointGradients:
@@ -101,12 +116,10 @@ class PointGradients:
 
     def __init__(self, points: Points) -> None:
         self.points = points
-        q = points.left.shape[2] - 2
-        # [b, 1] and [a, 1], transposed: the last row of a product with R is a sum of R.
-        self._b = torch.cat([points.left[..., :q] * -0.5, points.left[..., q : q + 1]], 2).mT
-        self._a = torch.cat([points.right[..., :q], points.right[..., q + 1 :]], 2).mT
-        self._ga = torch.empty_like(self._a)  # [G H, q + 1, I]
-        self._gb = torch.zeros_like(self._b)  # [G H, q + 1, O]
+        # The last row of a product with R is a sum of R.
+        self._b, self._a = points.b, points.a
+        self._ga = torch.empty_like(self._a, memory_format=torch.contiguous_format)
+        self._gb: Tensor | None = None  # [G H, q + 1, O]
 
     def add(self, columns: slice, inverse: Tensor, gK: Tensor) -> None:
         """A block's dL/dK [G, O, W]; `inverse` of `distances` is used up."""
@@ -115,10 +128,15 @@ class PointGradients:
         R = inverse.to(self._a.dtype)
         ga = self.points.scratch.take("g", (len(R), self._b.shape[1], R.shape[2]), R)
         self._ga[..., columns] = torch.bmm(self._b, R, out=ga)
-        self._gb.baddbmm_(self._a[..., columns], R.mT)
+        a = self._a[..., columns]
+        if self._gb is None:
+            self._gb = torch.bmm(a, R.mT)
+        else:
+            self._gb.baddbmm_(a, R.mT)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """dL/dA [G, H, I, q] and dL/dB [G, H, O, q], float32."""
+        assert self._gb is not None
         heads = self.points.signs.shape
         factor = self.points.sizes * self.points.signs.view(-1, 1, 1)
         found = [

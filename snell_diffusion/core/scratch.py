@@ -5,7 +5,6 @@ costs more than the arithmetic on them. On the CPU what a pass used goes to a sm
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,11 +15,22 @@ POOL_SIZE = 4  # sets of buffers kept: one for each adapter that passes at the s
 POOLED_ENTRIES = 2**22
 """Larger buffers are not kept, so that the pool holds some tens of megabytes at most."""
 
-_pool: list[dict[str, Tensor]] = []
+VIEWS = 256  # shapes remembered of a set of buffers, far more than models have
+
+
+class _Memory:
+    """Buffers by name, and the views of them that were asked for."""
+
+    def __init__(self) -> None:
+        self.flat: dict[str, Tensor] = {}
+        self.views: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = {}
+
+
+_pool: list[_Memory] = []
 
 
 class Scratch:
-    """Named memory, given back when the object goes.
+    """Named memory, given back when the object goes. For tensors of one device.
 
     Args:
         pooled: Whether it may go to the pool: not if a tensor of it outlives the object.
@@ -28,22 +38,36 @@ class Scratch:
 
     def __init__(self, pooled: bool = True) -> None:
         self._pooled = pooled
-        self._passing: dict[str, Tensor] = {}
-        self._lasting: dict[str, Tensor] = _pool.pop() if pooled and _pool else {}
+        self._lasts: bool | None = None  # whether it goes back to the pool; the first tensor tells
+        self._passing = _Memory()
+        self._lasting = _pool.pop() if pooled and _pool else _Memory()
         self._parts: dict[int, Scratch] = {}
 
     def take(
-        self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None
+        self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
     ) -> Tensor:
         """Uninitialised contiguous memory of any shape; what had the same name is lost."""
-        size, dtype = math.prod(shape), dtype or like.dtype
-        lasts = self._pooled and at_hand(like) and size <= POOLED_ENTRIES
+        if self._lasts is None:
+            self._lasts = self._pooled and at_hand(like)
+        key = name, shape, dtype or like.dtype
+        found = self._lasting.views.get(key) if self._lasts else None
+        return self._make(*key, like.device) if found is None else found
+
+    def _make(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        size = math.prod(shape)
+        lasts = self._lasts and size <= POOLED_ENTRIES
         memory = self._lasting if lasts else self._passing
-        flat = memory.get(name)
-        if flat is None or len(flat) < size or flat.dtype != dtype:
-            with torch.inference_mode(False):  # else unusable outside of it
-                flat = memory[name] = torch.empty(size, dtype=dtype, device=like.device)
-        return flat[:size].view(*shape)
+        flat = memory.flat.get(name)
+        with torch.inference_mode(False):  # else unusable outside of it
+            if flat is None or len(flat) < size or flat.dtype != dtype:
+                flat = memory.flat[name] = torch.empty(size, dtype=dtype, device=device)
+                memory.views.clear()  # they would keep what was replaced
+            view = flat[:size].view(*shape)
+        if lasts and len(memory.views) < VIEWS:
+            memory.views[name, shape, dtype] = view
+        return view
 
     def part(self, index: int) -> "Scratch":
         """Memory of its own for one of several updates that are walked together."""
@@ -52,7 +76,7 @@ class Scratch:
         return self._parts[index]
 
     def __del__(self) -> None:
-        if self._lasting and len(_pool) < POOL_SIZE:
+        if self._lasting.flat and len(_pool) < POOL_SIZE:
             _pool.append(self._lasting)
 
 

@@ -108,7 +108,7 @@ def test_thresholds_without_ever_holding_the_matrix(
 @pytest.mark.parametrize(("heads", "columns"), [(1, 8), (3, 8), (4, 16), (2, 9)])
 def test_any_number_of_heads_and_columns(heads: int, columns: int) -> None:
     params = params_for("mixed", torch.float32, heads, columns)
-    compare(blocked(heads=heads), params, 2e-5)
+    compare(blocked(heads=heads), params, 5e-5)  # the sums that scalars get cancel here
 
 
 @pytest.mark.parametrize("columns", [1, 4])
@@ -286,7 +286,7 @@ def test_work_memory_goes_back_to_the_pool_and_never_into_results() -> None:
     first = of(*params)
     merged_linear(draw(9, I, dtype=torch.float32), torch.zeros(O, I), None, of, params)
     assert scratch._pool
-    pooled = {t.untyped_storage().data_ptr() for kept in scratch._pool for t in kept.values()}
+    pooled = {t.untyped_storage().data_ptr() for kept in scratch._pool for t in kept.flat.values()}
     assert first.untyped_storage().data_ptr() not in pooled
     before = first.clone()
     with torch.no_grad():
@@ -296,7 +296,7 @@ def test_work_memory_goes_back_to_the_pool_and_never_into_results() -> None:
     with torch.inference_mode():
         merged_linear(draw(9, I, dtype=torch.float32), torch.zeros(O, I), None, of, params)
     of(*params).sum().backward()  # what was taken in inference mode serves outside of it
-    kept = weakref.ref(next(iter(scratch._pool[0].values())))
+    kept = weakref.ref(next(iter(scratch._pool[0].flat.values())))
     scratch.release_scratch()
     gc.collect()
     assert kept() is None
