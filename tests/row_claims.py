@@ -195,4 +195,48 @@ ROWS = {
         "tests/distributed/test_failures.py",
         2,
     ),
+    "G5": Claim(
+        "Where disk or memory ends, a run says so, and the page goes on answering",
+        "quota, disk full at the start and while training, address space, CUDA, killed; page timed",
+        "tests/app/test_scarce.py",
+        6,
+    ),
+    "G9": Claim(
+        "Whatever is killed, a run is shown as it is and resumed to the same file, bit for bit",
+        "SIGKILL of the trainer at 6 moments, then of the server; then a new server resumes",
+        "tests/app/test_killed.py",
+        2,
+        4,
+    ),
+    "G1": Claim(
+        "A crowd is served in turn, everybody else is told at once that the queue is full",
+        "3 rounds of 32 clients at once, 0.5 s each, queue of 8, while a run trains",
+        "tests/app/test_crowd.py",
+        96,
+    ),
+    "G4": Claim(
+        "A hostile request gets a sentence: nothing outside is read, written or told",
+        "file addresses, server paths, SSRF forms, names, numbers, forged ids, huge and deep JSON",
+        "tests/app/test_hostile.py",
+        42,
+    ),
+    "G6": Claim(
+        "Nobody reaches another user's photos, runs, adapters, files or sessions",
+        "two people signed in; one has the other's ids and addresses",
+        "tests/app/test_strangers.py",
+        12,
+    ),
+    "G7": Claim(
+        "A server that runs for long stays as it is",
+        "jobs of all kinds over HTTP: descriptors, threads, files within 2, memory within 50 MB",
+        "tests/app/test_endurance.py",
+        20,
+        200,
+    ),
+    "G8": Claim(
+        "Pages of other sites get nothing done",
+        "foreign, empty and other-port Origin, rebound Host, cross-site picture: all 403",
+        "tests/app/test_strangers.py",
+        6,
+    ),
 }
