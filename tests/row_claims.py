@@ -239,4 +239,16 @@ ROWS = {
         "tests/app/test_strangers.py",
         6,
     ),
+    "G2": Claim(
+        "Whoever cancels or vanishes frees the worker within 2 s and blocks nobody",
+        "queued, loading, stepping, between pictures, storing an upload; button and dropped line",
+        "tests/app/test_cancel.py",
+        10,
+    ),
+    "G3": Claim(
+        "Many at once draw bit for bit what each would draw alone",
+        "6 threads x 3 pictures, 20 loads and unloads, one training run, at the same time",
+        "tests/app/test_shared_pipeline.py",
+        39,
+    ),
 }
