@@ -1,15 +1,15 @@
-"""What may be in the JSON of a request: its depth, and no address that the server would fetch."""
+"""What may be in the JSON of a request: its depth, and no file that was not uploaded."""
 
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from snell_diffusion.errors import SnellaValueError
 
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 def read_json(body: bytes, depth: int) -> Any:
@@ -43,16 +43,20 @@ def nesting(body: bytes) -> int:
     return deepest
 
 
-def require_local_files(value: Any) -> None:
-    """Refuse files that are named by an address: the server fetches nothing for a visitor.
+def require_uploaded(value: Any, cache: Path) -> None:
+    """Refuse files that are not in the cache: the server opens and fetches nothing for a visitor.
+
+    Args:
+        value: The request.
+        cache: Folder of uploads and shown pictures.
 
     Raises:
-        SnellaValueError: A "path" is an address of any kind.
+        SnellaValueError: A "path" is an address, or leads elsewhere.
     """
     for path in paths_in(value):
-        if _SCHEME.match(path) or path.startswith("//"):
+        if "\0" in path or not Path(path).resolve().is_relative_to(cache):
             raise SnellaValueError(
-                "a file is named by an address, and the server fetches none: upload the file itself"
+                "a file is named that was not uploaded here: upload the file itself"
             )
 
 

@@ -23,7 +23,7 @@ from snell_diffusion.app.admission import (
     route_known,
     site_allowed,
 )
-from snell_diffusion.app.bodies import read_json, require_local_files
+from snell_diffusion.app.bodies import read_json, require_uploaded
 from snell_diffusion.app.limits import LIMITS, Limits
 from snell_diffusion.errors import SnellaValueError
 
@@ -221,7 +221,7 @@ class Guard:
         self._size = (self._size[0], self._size[1] + more)
 
     def _own(self, scope: Scope, user: str | None, body: bytes | None) -> None:
-        """Check what the request names: no address, and nothing of another user's."""
+        """Check what the request names: only uploaded files, and nothing of another user's."""
         call = call_of(scope["path"]) or ""
         query = scope.get("query_string", b"")
         session = re.search(rb"(?:^|&)session_hash=([^&]*)", query)
@@ -244,7 +244,7 @@ class Guard:
         """Sessions that a JSON body names."""
         try:
             value = read_json(body, self.rules.limits.request_depth)
-            require_local_files(value)
+            require_uploaded(value, self.rules.cache)
         except SnellaValueError as error:
             raise Refusal(400, str(error)) from None
         session = value.get("session_hash") if isinstance(value, dict) else None

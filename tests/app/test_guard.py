@@ -14,7 +14,7 @@ from snell_diffusion.app.admission import (
     route_known,
     site_allowed,
 )
-from snell_diffusion.app.bodies import nesting, paths_in, read_json, require_local_files
+from snell_diffusion.app.bodies import nesting, paths_in, read_json, require_uploaded
 from snell_diffusion.app.guard import Guard, Memory, Rules, Sessions
 from snell_diffusion.app.limits import Limits
 from snell_diffusion.errors import SnellaValueError
@@ -111,14 +111,16 @@ def test_nesting_counts_outside_of_texts():
 
 @pytest.mark.parametrize(
     "path",
-    ["http://127.0.0.1/x", "HTTPS://x", "file:///etc/passwd", "//x/y", "ftp://x", "data:,x"],
+    ["http://127.0.0.1/x", "file:///etc/passwd", "//x/y", "data:,x", "/etc/passwd", "", "a\0b"],
 )
-def test_files_named_by_an_address_are_refused(path):
+def test_files_that_were_not_uploaded_are_refused(cache, path):
     value = {"data": [[{"image": {"path": path}}]]}
     assert list(paths_in(value)) == [path]
     with pytest.raises(SnellaValueError, match="upload the file itself"):
-        require_local_files(value)
-    require_local_files({"data": ["http://x in a prompt", {"path": "/tmp/a/b.png"}]})
+        require_uploaded(value, cache)
+    with pytest.raises(SnellaValueError, match="upload the file itself"):
+        require_uploaded({"path": f"{cache}/../secret"}, cache)
+    require_uploaded({"data": ["http://x in a prompt", {"path": f"{cache}/a/b.png"}]}, cache)
 
 
 def test_memory_forgets_what_was_not_used_for_longest(monkeypatch):
