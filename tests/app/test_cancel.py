@@ -14,12 +14,6 @@ FREE = 2.0  # seconds until the worker must be free
 LONG = {"generate_steps": 100, "generate_count": 8}
 
 
-@pytest.fixture(scope="module")
-def longest():
-    """Seconds that each case took to free the worker."""
-    return {}
-
-
 @pytest.fixture
 def studio(page_server):
     studio = page_server.app.studio
@@ -97,7 +91,7 @@ def draws(visitor):
 @WAYS
 @pytest.mark.parametrize("moment", [stepping, between_pictures])
 def test_a_drawing_ends_in_its_steps_and_between_pictures(
-    page_server, studio, visitor, moment, way, row, longest
+    page_server, studio, visitor, moment, way, row
 ):
     drawing = Drawing(page_server.address, visitor, **LONG)
     wait_for(lambda: moment(studio))
