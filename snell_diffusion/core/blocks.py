@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 BLOCK_ENTRIES = {"cpu": 2**17}
 """Entries of Delta that are worked on together by type of device: transient memory is a small
-multiple of it (about 5 + 3 H floats an entry for H heads). On the CPU a block stays in the cache;
+multiple of it (about 3 + 2 H floats an entry for H heads). On the CPU a block stays in the cache;
 elsewhere a larger one saves launches."""
 OTHER_BLOCK_ENTRIES = 2**22
 ALIGNMENT = 32

@@ -45,10 +45,10 @@ class EuclideanBlocks:
         self._columns = columns
         d, self._inverse = self._points.distances(columns)
         K = self._points.kernel(d)
-        return K if self._mixer is None else self._mixer.mix(K)
+        return K if self._mixer is None else self._mixer.mix(K, d)
 
     def pull(self, gw: Tensor) -> None:
-        """Add what dL/dw [G, O, W] of the last block gives; it is used up."""
+        """Add what dL/dw [G, O, W] of the last block gives; both are used up."""
         gK = gw if self._mixer is None else self._mixer.pull(gw)
         if self._gathered is not None:
             self._gathered.add(self._columns, self._inverse, gK)
@@ -79,19 +79,27 @@ class Mixer:
         self._scratch = scratch
         self._sums = torch.zeros(3, len(gamma), dtype=torch.float64, device=gamma.device)
 
-    def mix(self, K: Tensor) -> Tensor:
-        exponent, w = (self._scratch.take(name, K.shape, K) for name in "ew")
+    def mix(self, K: Tensor, spare: Tensor) -> Tensor:
+        """w from K, both [G, O, W]; what is in `spare` is lost."""
+        exponent, w = self._room(K, spare.view(-1))
         torch.mul(K, self._rate, out=exponent)
         if self._shifts:
             exponent -= exponent.amax(1, keepdim=True)
         self._K, self._e = K, exponent.exp_()
         self._share = self._e.sum(1, keepdim=True).reciprocal_()
-        torch.add(K, self._beta, out=w)
+        self._w = torch.add(K, self._beta, out=w)
         return w.addcmul_(self._e, self._alpha * self._share)
 
+    def _room(self, K: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+        """Two tensors like K, in memory that is in the cache already where that is large enough."""
+        size = K.numel()
+        if len(spare) >= 2 * size:
+            return spare[:size].view_as(K), spare[size : 2 * size].view_as(K)
+        return self._scratch.take("e", K.shape, K), self._scratch.take("w", K.shape, K)
+
     def pull(self, gw: Tensor) -> Tensor:
-        """dL/dK from dL/dw, both [G, O, W]; the latter is used up."""
-        through = self._scratch.take("t", gw.shape, gw)
+        """dL/dK from dL/dw, both [G, O, W]; the latter is used up, and so is w."""
+        through = self._w
         r = torch.mul(gw, self._e, out=through).sum(1, keepdim=True).mul_(self._share)
         e = self._e.mul_(self._alpha * self._rate * self._share)
         torch.sub(gw, r, out=through).mul_(e)

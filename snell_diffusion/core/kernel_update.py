@@ -233,9 +233,10 @@ class _Walk(Walk):
 
     def pull(self, gdelta: Tensor) -> None:
         assert self._factor is not None
-        dtype = torch.promote_types(gdelta.dtype, self._factor.dtype)
-        gw = self.scratch.take("gw", tuple(gdelta.shape), gdelta, dtype)
-        self.pull_dense(torch.mul(gdelta, self._factor, out=gw))
+        alike = (gdelta.shape, gdelta.dtype) == (self._factor.shape, self._factor.dtype)
+        gw = self._factor.mul_(gdelta) if alike else gdelta * self._factor
+        self._factor = None
+        self.pull_dense(gw)
 
 
 class _PlainWalk(_Walk):

@@ -119,7 +119,7 @@ class PointGradients:
         # The last row of a product with R is a sum of R.
         self._b, self._a = points.b, points.a
         self._ga = torch.empty_like(self._a, memory_format=torch.contiguous_format)
-        self._gb: Tensor | None = None  # [G H, q + 1, O]
+        self._gb = torch.zeros_like(self._b, memory_format=torch.contiguous_format)
 
     def add(self, columns: slice, inverse: Tensor, gK: Tensor) -> None:
         """A block's dL/dK [G, O, W]; `inverse` of `distances` is used up."""
@@ -128,15 +128,10 @@ class PointGradients:
         R = inverse.to(self._a.dtype)
         ga = self.points.scratch.take("g", (len(R), self._b.shape[1], R.shape[2]), R)
         self._ga[..., columns] = torch.bmm(self._b, R, out=ga)
-        a = self._a[..., columns]
-        if self._gb is None:
-            self._gb = torch.bmm(a, R.mT)
-        else:
-            self._gb.baddbmm_(a, R.mT)
+        self._gb.baddbmm_(self._a[..., columns], R.mT)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """dL/dA [G, H, I, q] and dL/dB [G, H, O, q], float32."""
-        assert self._gb is not None
         heads = self.points.signs.shape
         factor = self.points.sizes * self.points.signs.view(-1, 1, 1)
         found = [
