@@ -99,6 +99,14 @@ def test_a_removed_photo_leaves_no_file_and_no_gap(drafts, photo):
     assert [p.caption for p in more.stored] == ["", "on the beach", ""]
 
 
+def test_a_new_photo_does_not_inherit_the_caption_of_a_removed_one(drafts, photo):
+    draft = drafts.add([photo("a.jpg"), photo("b.jpg", 90)]).id
+    drafts.caption(draft, 1, "in the snow")
+    drafts.remove(draft, 1)
+    more = drafts.add([photo("c.jpg", 180)], draft)
+    assert [(p.name, p.caption) for p in more.stored] == [("a.jpg", ""), ("c.jpg", "")]
+
+
 @pytest.mark.parametrize("index", [-1, 1, True, "0", None, 0.0])
 def test_a_photo_that_is_not_there_is_refused(drafts, photo, index):
     draft = drafts.add([photo()]).id

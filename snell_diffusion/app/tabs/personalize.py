@@ -123,7 +123,7 @@ def _subject_step(steps: gr.Walkthrough) -> SubjectStep:
     name = gr.Textbox(
         label="A name for it (optional)",
         info="A word that will mean your subject in every prompt. The built-in models learn a new "
-        "word best, written <mika>; larger ones take a rare one, such as sks. Empty: one is chosen.",
+        "word best, written <mika>; larger ones take a rare one, such as sks. Empty: we choose.",
         max_length=40,
         elem_id="personalize-name",
     )

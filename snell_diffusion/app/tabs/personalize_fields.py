@@ -24,7 +24,7 @@ def build_fields() -> dict[str, Any]:
 
 
 def _component(field: Field) -> Any:
-    shared = {
+    shared: dict[str, Any] = {
         "label": field.label,
         "info": f"{field.help} (Setting: {field.name})",
         "elem_id": f"personalize-field-{field.name.replace('_', '-')}",
