@@ -24,6 +24,7 @@ from snell_diffusion.app.admission import (
     site_allowed,
 )
 from snell_diffusion.app.bodies import read_json, require_uploaded
+from snell_diffusion.app.cache import folder_bytes, sweep
 from snell_diffusion.app.limits import LIMITS, Limits
 from snell_diffusion.errors import SnellaValueError
 
@@ -214,6 +215,7 @@ class Guard:
     def _require_space(self, more: int) -> None:
         now = time.monotonic()
         if now - self._size[0] > 5:
+            sweep(self.rules.cache)
             self._size = (now, folder_bytes(self.rules.cache))
         free = shutil.disk_usage(self.rules.cache).free
         if self._size[1] + more > self.rules.limits.cache_bytes or free < more + SPARE:
@@ -276,17 +278,6 @@ def signed_in(app: Any, cookies: str) -> str | None:
         if user is not None:
             return str(user)
     return None
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder; files that vanish meanwhile count nothing."""
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.lstat().st_size
-        except FileNotFoundError:
-            continue
-    return total
 
 
 async def _whole(receive: Receive) -> bytes:

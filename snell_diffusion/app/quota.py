@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from snell_diffusion.app.guard import folder_bytes
+from snell_diffusion.app.cache import folder_bytes
 from snell_diffusion.app.limits import LIMITS, Limits
 from snell_diffusion.errors import SnellaValueError
 

@@ -3,9 +3,7 @@
 import asyncio
 import hmac
 import os
-import shutil
 import socket
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,13 @@ from starlette.middleware import Middleware
 
 from snell_diffusion.app import page
 from snell_diffusion.app.admission import LOOPBACK_NAMES
+from snell_diffusion.app.cache import sweep
 from snell_diffusion.app.guard import Guard, Rules
 from snell_diffusion.app.options import Options, is_loopback
 from snell_diffusion.app.workspace import App
 
 STYLE = Path(__file__).parent / "style.css"
 CACHE = "cache"  # folder of uploads and shown pictures, below the folder of the runs
-DAY = 86_400  # seconds
 PAUSE = 1.0  # seconds that a wrong password costs
 WELCOME = "This page draws pictures with models that were taught a subject. Sign in to go on."
 FIXED: dict[str, Any] = {
@@ -53,9 +51,7 @@ def prepare_cache(root: Path) -> Path:
     cache = root.resolve() / CACHE
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)
     cache.chmod(0o700)
-    for entry in cache.iterdir():
-        if time.time() - entry.lstat().st_mtime > DAY:
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    sweep(cache)
     os.environ["GRADIO_TEMP_DIR"] = str(cache)
     os.environ["GRADIO_EXAMPLES_CACHE"] = str(cache / "examples")
     for name in ("GRADIO_ALLOWED_PATHS", "GRADIO_BLOCKED_PATHS", "GRADIO_ROOT_PATH"):

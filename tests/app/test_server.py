@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from snell_diffusion.app import server
+from snell_diffusion.app.cache import DAY, MINUTE
 from snell_diffusion.app.options import Options
 from snell_diffusion.app.server import blocked_paths, prepare_cache, settings, signs_in
 
@@ -103,9 +104,12 @@ def test_a_cache_is_private_and_cleared_of_what_earlier_servers_left(tmp_path, m
         (cache / name).mkdir(parents=True)
         (cache / name / "x").write_text("x")
     cache.chmod(0o755)
-    os.utime(cache / "old", (time.time() - 2 * server.DAY,) * 2)
+    (cache / "empty").touch()
+    (cache / "fresh").touch()
+    os.utime(cache / "old", (time.time() - 2 * DAY,) * 2)
+    os.utime(cache / "empty", (time.time() - 2 * MINUTE,) * 2)
     assert prepare_cache(tmp_path / "runs") == cache
-    assert [entry.name for entry in cache.iterdir()] == ["new"]
+    assert sorted(entry.name for entry in cache.iterdir()) == ["fresh", "new"]
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
     assert os.environ["GRADIO_TEMP_DIR"] == str(cache)
     assert "GRADIO_ALLOWED_PATHS" not in os.environ
