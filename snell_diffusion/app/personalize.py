@@ -16,7 +16,14 @@ from snell_diffusion.app.estimates import Estimate, estimate
 from snell_diffusion.app.fields import check_overrides
 from snell_diffusion.app.jobs import launch_command
 from snell_diffusion.app.limits import LIMITS
-from snell_diffusion.app.presets import EFFORTS, HELD_OUT_FROM, KINDS, preset_values, usual_word
+from snell_diffusion.app.presets import (
+    EFFORTS,
+    HELD_OUT_FROM,
+    KINDS,
+    preset_values,
+    recipe_of,
+    usual_word,
+)
 from snell_diffusion.app.workspace import App, Workspace
 from snell_diffusion.diffusion.config_files import make_config
 from snell_diffusion.errors import SnellaValueError
@@ -122,11 +129,18 @@ def _values(request: TrainRequest, base: Base, photos: list[Photo]) -> dict[str,
         "instance_data_dir": "photos",
         "instance_prompt": prompt_of(request, base),
         "class_prompt": _class_prompt(request, photos),
-        **({"new_tokens": [word]} if word.startswith("<") else {}),
+        **_new_word(request, word, base),
         **preset_values(base, request.preset, request.effort, len(photos), request.steps),
         "sample_prompts": [text.format(**names) for text in kind.samples],
     }
     return {**values, **request.overrides, "seed": request.seed, "output_dir": "output"}
+
+
+def _new_word(request: TrainRequest, word: str, base: Base) -> dict[str, Any]:
+    if not word.startswith("<"):
+        return {}
+    start_as = recipe_of(base).from_class and request.preset != "style"
+    return {"new_tokens": [word], **({"initializer_token": request.subject} if start_as else {})}
 
 
 def _class_prompt(request: TrainRequest, photos: list[Photo]) -> str:

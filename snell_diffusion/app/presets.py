@@ -98,7 +98,7 @@ EFFORTS = {
     effort.id: effort
     for effort in (
         Effort("quick", "Quick", "a first look; the likeness stays rough"),
-        Effort("balanced", "Balanced", "the tried recipe"),
+        Effort("balanced", "Balanced", "the usual length"),
         Effort("thorough", "Thorough", "twice as long; more detail, and more risk of copying"),
     )
 }
@@ -113,12 +113,15 @@ class Recipe:
         learning_rate: By kind.
         new_word: Teach a new word rather than a rare one.
         values: Other settings.
+        from_class: Let a new word start as the class word. Seen once, a backpack on embedded-dit:
+            from a random start its shape falls apart, from "backpack" it keeps it.
     """
 
     steps: Mapping[str, int]
     learning_rate: Mapping[str, float]
     new_word: bool
     values: Mapping[str, Any]
+    from_class: bool = False
 
 
 _SHIPPED: dict[str, Any] = {
@@ -156,6 +159,7 @@ RECIPES = {
                 "proj_out",
             ],
         },
+        from_class=True,
     ),
 }
 _OTHER: dict[str, Any] = {

@@ -116,6 +116,17 @@ def test_a_rare_word_is_no_new_token(workspace, draft):
     assert "new_tokens" not in values
 
 
+def test_a_new_word_starts_as_the_class_word_where_that_is_better(workspace, draft):
+    for base, preset, start_as in (
+        ("embedded-dit", "pet", "cat"),
+        ("embedded-dit", "style", None),
+        ("embedded", "pet", None),
+    ):
+        asked = request(draft, preset=preset, base=base)
+        values = settings_of(workspace, asked, BASES.get(base))
+        assert values.get("initializer_token") == start_as
+
+
 def test_changes_win_over_the_preset(workspace, draft):
     changes = {"rank": 8, "sample_prompts": ["a cat"], "target_sparsity": 0.9}
     values = settings_of(workspace, request(draft, overrides=changes, steps=7, seed=3), EMBEDDED)
