@@ -206,7 +206,7 @@ ROWS = {
         "SIGKILL of the trainer at 6 moments, then of the server; then a new server resumes",
         "tests/app/test_killed.py",
         2,
-        4,
+        5,
     ),
     "G1": Claim(
         "A crowd is served in turn, everybody else is told at once that the queue is full",

@@ -57,15 +57,25 @@ def summary(
     facts = info.get("facts") or {}
     return Summary(
         job=job,
-        subject=str(facts.get("subject") or info.get("label") or UNKNOWN),
+        subject=subject(info),
         base=str(facts.get("base") or UNKNOWN),
         method=str(facts.get("method") or UNKNOWN),
         status=status.state,
         seconds=seconds,
         steps=_steps(status),
         best_loss=best_loss(events),
-        started=time.strftime("%d %b %Y %H:%M", time.localtime(info["started"])),
+        started=moment(info["started"]),
     )
+
+
+def subject(info: Mapping[str, Any]) -> str:
+    """What a run learns, as its job.json says."""
+    return str((info.get("facts") or {}).get("subject") or info.get("label") or UNKNOWN)
+
+
+def moment(seconds: float) -> str:
+    """Date and time of the server, from seconds since the epoch."""
+    return time.strftime("%d %b %Y %H:%M", time.localtime(seconds))
 
 
 def _steps(status: JobStatus) -> str:

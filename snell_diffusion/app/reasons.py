@@ -31,7 +31,7 @@ _LAUNCHER = "CalledProcessError"  # what `accelerate launch` adds, whatever went
 _PLACE = re.compile(r"(?<![\w/.:])(?:~|\.{1,2})?/(?:[^\s'\",;:()/]+/)+")
 _TAIL = 20_000  # characters of a log that are looked through
 _LONGEST = 400  # characters of a quoted reason
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def reason(message: str, printed: str, code: int | None) -> str:

@@ -8,7 +8,7 @@ import gradio as gr
 
 from snell_diffusion.app.job_record import JobStatus
 from snell_diffusion.app.jobs import Jobs
-from snell_diffusion.app.progress import UNKNOWN, Summary, duration, summary
+from snell_diffusion.app.progress import UNKNOWN, Summary, duration, moment, subject, summary
 from snell_diffusion.app.run_files import file_name, log_text, model_card, settings_text
 from snell_diffusion.app.shared import HIDDEN, QUIET, Shared, said
 from snell_diffusion.app.views.files import cached, cached_text
@@ -107,10 +107,19 @@ def _rows(jobs: Jobs, job: str | None) -> tuple[Any, ...]:
         summary(each, jobs.info(each), jobs.status(each), jobs.seconds(each), jobs.events(each))
         for each in jobs.all()
     ]
-    choices = [(f"{row.subject}, {row.started} ({row.job[:SHORT]})", row.job) for row in found]
-    chosen = job if any(row.job == job for row in found) else None
     values = [_row(row) for row in found]
-    return CHOOSE if found else NONE, values, gr.update(choices=choices, value=chosen)
+    return CHOOSE if found else NONE, values, _choice(jobs, job)
+
+
+def _choice(jobs: Jobs, job: str | None) -> Any:
+    """The list of runs as it is now, with `job` chosen if it is there."""
+    infos = {each: jobs.info(each) for each in jobs.all()}
+    choices = [(f"{_name(info)} ({each[:SHORT]})", each) for each, info in infos.items()]
+    return gr.update(choices=choices, value=job if job in infos else None)
+
+
+def _name(info: dict[str, Any]) -> str:
+    return f"{subject(info)}, {moment(info['started'])}"
 
 
 def _row(row: Summary) -> list[str]:
@@ -120,14 +129,15 @@ def _row(row: Summary) -> list[str]:
     return [*first, loss, row.started, row.job[:SHORT]]
 
 
-def _clicked(shared: Shared) -> Callable[..., str]:
-    def clicked(request: gr.Request, event: gr.SelectData) -> str:
+def _clicked(shared: Shared) -> Callable[..., Any]:
+    def clicked(request: gr.Request, event: gr.SelectData) -> Any:
         # The table may be sorted or searched: the row itself says which run it is.
         short = str((event.row_value or [""])[-1])
-        found = [job for job in shared.workspace(request).jobs.all() if job[:SHORT] == short]
+        jobs = shared.workspace(request).jobs
+        found = [job for job in jobs.all() if job[:SHORT] == short]
         if not found:
             raise SnellaValueError("this run is no longer there; choose another from the list")
-        return found[0]
+        return _choice(jobs, found[0])
 
     return said(clicked)
 
