@@ -231,7 +231,7 @@ def _identity(location: str, component: str) -> tuple[str, str] | None:
     from snell_diffusion.adapters.identity import config_hash
 
     part = DiffusionPipeline.load_config(location).get(component)
-    library, name = part if isinstance(part, list) else (None, None)
+    library, name = part if isinstance(part, list) else ("", "")
     kind = getattr(import_module(library), name) if library in LIBRARIES else None
     if kind is None or not issubclass(kind, torch.nn.Module):
         return None

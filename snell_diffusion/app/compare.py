@@ -154,7 +154,10 @@ def plan(common: Mapping[str, Any], rows: Axis, columns: Axis, limits: Limits = 
 
 def _with(common: Mapping[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
     """Fields of one picture; a strength is that of every adapter."""
-    fields = {**common, **{name: cell[name] for name in ("seed", "prompt") if name in cell}}
+    fields: dict[str, Any] = {
+        **common,
+        **{name: cell[name] for name in ("seed", "prompt") if name in cell},
+    }
     worn = list(common["adapters"])
     if "adapter" in cell:
         strength = worn[0][1] if worn else 1.0

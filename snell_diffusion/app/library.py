@@ -191,9 +191,10 @@ class Library:
         if not (self.root / f"{adapter}.json").is_file() or not path.is_file():
             return None
         header = header_of(path)
-        return header and self._entry(
-            adapter, f"{self._record(adapter)['label']} (uploaded)", path, header, uploaded=True
-        )
+        if header is None:
+            return None
+        label = f"{self._record(adapter)['label']} (uploaded)"
+        return self._entry(adapter, label, path, header, uploaded=True)
 
     def _file(self, job: str) -> Path | None:
         try:

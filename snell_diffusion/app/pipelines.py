@@ -137,7 +137,7 @@ class Loaded:
         key = garment, sparsity
         if key not in self._counts:
             with opened(self.pipe) as models:
-                layers = [
+                layers: list[Any] = [
                     layer
                     for model in models.values()
                     for _, layer in delta_layers(model, garment.id)
@@ -198,9 +198,14 @@ def guided(base: Base, look: Look) -> dict[str, Any]:
 def _watched(pipe: Any, watch: Watch) -> dict[str, Any]:
     """How a pipeline is told to call `watch` after every step."""
     known = inspect.signature(type(pipe).__call__).parameters
+
+    def stepped(*_: Any) -> dict[str, Any]:
+        watch()
+        return {}  # nothing of the step is changed
+
     if "callback_on_step_end" in known:
-        return {"callback_on_step_end": lambda *_: watch() or {}}
-    return {"callback": lambda *_: watch(), "callback_steps": 1}
+        return {"callback_on_step_end": stepped}
+    return {"callback": stepped, "callback_steps": 1}
 
 
 def _by_label(error: SnellaError, garments: Any) -> str:

@@ -100,10 +100,15 @@ def test_a_picture_does_not_depend_on_what_was_drawn_before(studio, workspace, a
         {"adapters": [(two, 1.0)]},
         {"adapters": [(one, 1.0)]},
         {"prompt": "a <toy>"},
+        {"adapters": [(one, 0.3)], "sparsity": 0.9},
+        {"adapters": [(one, 1.0)]},
+        {"adapters": [(one, 1.0), (two, 1.0)]},
+        {"adapters": [(one, 1.0)]},
     ]
     results = [draw(studio, workspace, **changes) for changes in history]
-    for index, picture in ((0, expected[0]), (7, expected[0]), (1, expected[1]), (6, expected[1])):
-        assert np.array_equal(pixels(results[index])[0], picture)
+    for which, places in enumerate(((0, 7, 10, 12), (1, 6))):
+        for index in places:
+            assert np.array_equal(pixels(results[index])[0], expected[which])
     assert same(results[4], results[8])  # the word means nothing without its adapter
     for index in (2, 3, 5):
         fresh = Studio(studio.bases, remembered=0)

@@ -10,8 +10,8 @@ from snell_diffusion.app.compare import KINDS, NO_ADAPTER, Grid, caption, plan, 
 from snell_diffusion.app.drawing import Result, Step
 from snell_diffusion.app.pictures import labelled_grid, png_bytes
 from snell_diffusion.app.shared import HIDDEN, PICTURE, PIPELINE, QUIET, Shared, said
-from snell_diffusion.app.views.progress_bar import bar, done, step_bar
 from snell_diffusion.app.views.drawing_form import NOTHING, Form, choices_of
+from snell_diffusion.app.views.progress_bar import bar, done, step_bar
 from snell_diffusion.app.workspace import Workspace
 
 USUAL = {
@@ -142,11 +142,9 @@ class CompareTab:
         common = self.form.values(form)
         names = labels_of(workspace, [*(chosen or []), *(name for name, _ in common["adapters"])])
         limits = self.shared.app.limits
-        axes = [
-            read_axis(kind, text, chosen or [], names, limits)
-            for kind, text in ((rows, down), (columns, across))
-        ]
-        grid = plan(common, *axes, limits)
+        vertical = read_axis(rows, down, chosen or [], names, limits)
+        horizontal = read_axis(columns, across, chosen or [], names, limits)
+        grid = plan(common, vertical, horizontal, limits)
         results: list[Result] = []
         for news in self.shared.app.studio.draw_all(grid.requests, workspace):
             if isinstance(news, Step):

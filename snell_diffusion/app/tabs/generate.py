@@ -9,8 +9,8 @@ from gradio.processing_utils import save_bytes_to_cache
 from snell_diffusion.app.drawing import DrawRequest, Result, Step, values_of
 from snell_diffusion.app.pictures import enlarged, png_bytes
 from snell_diffusion.app.shared import HIDDEN, PICTURE, PIPELINE, QUIET, Shared, said
-from snell_diffusion.app.views.progress_bar import bar, done, kept_bar, step_bar
 from snell_diffusion.app.views.drawing_form import Form
+from snell_diffusion.app.views.progress_bar import bar, done, kept_bar, step_bar
 from snell_diffusion.app.workspace import Workspace
 from snell_diffusion.errors import SnellaValueError
 
