@@ -54,6 +54,6 @@ def _placed(value: Any, folder: Path) -> Any:
 def log_text(jobs: Jobs, job: str) -> str:
     """What the run printed, without the server's folders."""
     path = jobs.folder(job) / "train.log"
-    printed = path.read_text("utf-8", errors="replace") if path.is_file() else ""
+    printed = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
     lines = (line.rpartition("\r")[2] for line in printed[-_LOG:].split("\n"))  # of bars the end
     return without_places("\n".join(lines))
