@@ -41,7 +41,7 @@ ARROWS = {
     "training": TRAINING,
     "diffusion": DIFFUSION,
     "evaluation": (DIFFUSION[0] | {"evaluation"}, DIFFUSION[1] | {"skimage"}),
-    "app": (DIFFUSION[0] | {"app"}, DIFFUSION[1] | {"gradio", "pandas", "psutil"}),
+    "app": (DIFFUSION[0] | {"app"}, DIFFUSION[1] | {"gradio", "pandas", "psutil", "starlette"}),
 }
 BANNED = ("torchvision", "timm", "lpips")  # installing them replaces a CPU torch by a CUDA one
 
