@@ -1,5 +1,6 @@
 """Row G2: whoever cancels or vanishes frees the worker, leaves nothing half, and blocks nobody."""
 
+import socket
 import threading
 import time
 
@@ -49,7 +50,9 @@ class Drawing:
         self.event = self.wire.join(self.dependency["id"], values)
         self.stream = self.wire.listen()
         self.messages = []
-        self._lines = self.stream.__enter__().iter_lines()
+        answer = self.stream.__enter__()
+        self._line = answer.extensions["network_stream"].get_extra_info("socket")
+        self._lines = answer.iter_lines()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self):
@@ -61,8 +64,8 @@ class Drawing:
     def leave(self, way):
         if way == "button":
             self.wire.cancel(self.dependency["id"], self.event)
-        else:
-            self.wire.http.close()
+        else:  # a client's own close waits for the next message
+            self._line.shutdown(socket.SHUT_RDWR)
 
 
 def stepping(studio):
