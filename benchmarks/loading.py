@@ -21,7 +21,7 @@ from benchmarks.counting import DenseAndSparse
 from benchmarks.methods import LORA_RANK, SNELLA_RANK
 from benchmarks.results import Entry
 from benchmarks.section import Measure, Run, main
-from benchmarks.timing import cpu_seconds, interleaved
+from benchmarks.timing import interleaved, wall_seconds
 from benchmarks.works import ATTENTION
 from snell_diffusion import SnellaConfig
 from snell_diffusion.diffusion.memory.bases import BASES
@@ -46,7 +46,7 @@ def sdxl(run: Run) -> Entry:
         turn = dict(zip(map(id, loads.values()), unloads.values(), strict=True))
 
         def seconds(load: Callable[[], object]) -> float:
-            took = cpu_seconds(load)
+            took = wall_seconds(load)
             turn[id(load)]()
             return took
 

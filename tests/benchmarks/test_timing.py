@@ -1,9 +1,11 @@
 """Rounds take turns, and ratios are taken within a round."""
 
+import time
+
 import pytest
 import torch
 
-from benchmarks.timing import cpu_seconds, interleaved, ratio, spread, stopwatch
+from benchmarks.timing import cpu_seconds, interleaved, ratio, spread, stopwatch, wall_seconds
 
 
 def test_every_round_runs_every_work_and_begins_with_another_one():
@@ -48,6 +50,8 @@ def test_rounds_of_different_numbers_are_no_ratio():
         ratio({"a": [1.0], "b": [1.0, 2.0]}, "a", "b")
 
 
-def test_the_cpu_is_timed_by_the_clock():
+def test_on_a_shared_cpu_only_own_work_is_timed():
     assert stopwatch(torch.device("cpu")) is cpu_seconds
     assert 0 <= cpu_seconds(lambda: None) < 1
+    assert cpu_seconds(lambda: time.sleep(0.2)) < 0.1  # what waits is not counted
+    assert wall_seconds(lambda: time.sleep(0.2)) >= 0.2
