@@ -74,7 +74,7 @@ def allocation(step: int, budgets: dict[str, int]) -> dict[str, object]:
 
 def test_layers_stand_in_the_order_of_the_network() -> None:
     names = ["unet.down_blocks.0.q", "unet.up_blocks.0.q", "unet.mid_block.q", "text_encoder.0.q"]
-    ordered = sorted(names, key=plots._place)
+    ordered = sorted(names, key=plots.place_of)
     assert ordered == [names[3], names[0], names[2], names[1]]
 
 

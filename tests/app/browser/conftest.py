@@ -26,6 +26,7 @@ SCREENSHOTS = ROOT / "runs" / "screenshots"
 IMAGES = ROOT / "docs" / "images"
 WIDE, PHONE = (1280, 900), (390, 844)
 PATIENCE = 60_000  # milliseconds that a flow waits for something to appear
+expect.set_options(timeout=PATIENCE)
 # What Chromium does by itself over the network is switched off: a flow must see only the page.
 QUIET = [
     "--no-sandbox",
@@ -129,15 +130,25 @@ class Visitor:
     def open(self) -> None:
         """Load the page and wait until it is drawn."""
         self.page.goto(self.address)
-        expect(self.page.get_by_role("tab", name="Personalize")).to_be_visible()
+        expect(self.page.get_by_role("tab").first).to_be_visible()
 
     def tab(self, name: str) -> None:
-        """Go to a tab."""
-        self.page.get_by_role("tab", name=name, exact=True).click()
+        """Go to a tab; on a narrow screen the last ones are behind a button."""
+        tab = self.page.get_by_role("tab", name=name, exact=True)
+        if not tab.is_visible():
+            self.page.locator(".overflow-menu > button").first.click()
+            tab = self.page.locator(".overflow-dropdown").get_by_text(name, exact=True)
+        tab.click()
 
     def at(self, elem_id: str):
         """The element with an id of ours."""
         return self.page.locator(f"#{elem_id}")
+
+    def give(self, button, *paths: Path) -> None:
+        """Choose files in the dialogue that a button opens."""
+        with self.page.expect_file_chooser() as chooser:
+            button.click()
+        chooser.value.set_files(list(paths))
 
     def snap(self, name: str, full: bool = True) -> Path:
         """Save a screenshot for people to look at."""
