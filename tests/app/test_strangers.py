@@ -112,11 +112,11 @@ def test_sessions_of_somebody_else_cannot_be_joined_or_ended(people, bob):
     ann = people["ann"]
     ann.predict(api_name="/bases")
     session = ann.session_hash
-    assert bob.get("/gradio_api/queue/data", params={"session_hash": session}).status_code == 404
-    assert bob.get(f"/gradio_api/heartbeat/{session}").status_code == 404
     body = {"session_hash": session, "fn_index": 0, "event_id": "x"}
     assert bob.post("/gradio_api/cancel", json=body).status_code == 404
     assert bob.post("/gradio_api/queue/join", json={**body, "data": []}).status_code == 404
+    assert bob.get("/gradio_api/queue/data", params={"session_hash": session}).status_code == 404
+    assert bob.get(f"/gradio_api/heartbeat/{session}").status_code == 404
 
 
 def test_lists_hold_only_what_is_ones_own(people, hers):
