@@ -312,7 +312,8 @@ def _restored(shared: Shared) -> Any:
         form = replace(form, draft=known_draft(workspace, form))
         run = workspace.jobs.active()
         step = gr.Walkthrough(selected=PHOTOS if run is None else RUN)
-        basics = [getattr(form, name) for name in BASICS]
+        # Where nothing was kept, the boxes are left alone: someone may be typing already.
+        basics = [getattr(form, name) if kept else gr.skip() for name in BASICS]
         return [*show(shared, workspace, form), *basics, run, step]
 
     return said(load)
