@@ -86,7 +86,9 @@ def test_a_run_is_shown_whole_and_then_only_what_changed(view):
     job = write_run(jobs)
     first = look(job)
     assert [caption for _, caption in first["samples"]] == ["step 0", "step 5"]
-    assert list(first["curves"]["step"]) == [1, 2, 3, 4, 5, 6]
+    assert list(first["curves"]["value"]["step"]) == [1, 2, 3, 4, 5, 6]
+    assert first["curves"]["visible"] is True  # empty ones are not drawn: they would stay empty
+    assert look(None)["curves"]["visible"] is False
     assert first["allocation"].width > 300
     again = look(job, first["seen"])
     assert all(unchanged(again[name]) for name in PARTS[:-1])

@@ -210,8 +210,10 @@ class Form:
         """Updates of all lists of adapters; what was chosen stays if it is still there."""
         choices = choices_of(self.shared.workspace(request))
         known = {name for _, name in choices}
+        # A list that keeps its choice is told no value: another event may be choosing just now.
         updates = [
-            gr.update(choices=choices, value=name if name in known else NOTHING) for name in chosen
+            gr.update(choices=choices, **({} if name in known else {"value": NOTHING}))
+            for name in chosen
         ]
         return updates[0] if len(updates) == 1 else updates
 

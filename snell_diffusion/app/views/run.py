@@ -131,6 +131,7 @@ def _components(
                 y_title="loss",
                 color_title=" ",
                 height=340,
+                visible=False,
                 elem_id=f"{prefix}-curves",
             )
             gr.Markdown(CAPTION)
@@ -220,7 +221,7 @@ def _parts(
     drawn = allocation_version(events)
     return {
         "bar": (bar, lambda: bar),
-        "curves": ((run, len(events)), lambda: _frame(curves(events))),
+        "curves": ((run, len(events)), lambda: _plotted(curves(events))),
         "samples": ((run, [step for step, _ in sheets]), lambda: gallery(sheets)),
         "allocation": ((run, *drawn), lambda: pictures.get(run or "", events)),
         "pause": (able["pause"], lambda: gr.update(interactive=able["pause"])),
@@ -262,6 +263,11 @@ def _wanted(shared: Shared) -> Callable[..., tuple[str, Any]]:
         return run or "", gr.update(selected="generate")
 
     return said(wanted)
+
+
+def _plotted(points: Sequence[tuple[int, float, str]]) -> Any:
+    # A plot that was drawn while it was empty never shows a line of a kind that comes later.
+    return gr.update(value=_frame(points), visible=bool(points))
 
 
 def _frame(points: Sequence[tuple[int, float, str]]) -> pd.DataFrame:

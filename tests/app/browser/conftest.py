@@ -128,9 +128,9 @@ class Visitor:
             route.abort()
 
     def open(self) -> None:
-        """Load the page and wait until it is drawn."""
+        """Load the page, or load it again, and wait until it is drawn."""
         self.page.goto(self.address)
-        expect(self.page.get_by_role("tab").first).to_be_visible()
+        expect(self.page.get_by_role("tab", name="Personalize")).to_be_visible()
 
     def tab(self, name: str) -> None:
         """Go to a tab; on a narrow screen the last ones are behind a button."""
