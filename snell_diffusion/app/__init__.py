@@ -24,7 +24,6 @@ def make_app(options: "Options") -> "App":
         SnellaError: A base model is not there or is of no known kind.
     """
     from snell_diffusion.app.bases import Bases
-    from snell_diffusion.app.jobs import SCRIPT
     from snell_diffusion.app.studio import Studio
     from snell_diffusion.app.workspace import App, Workspaces
 
@@ -32,7 +31,6 @@ def make_app(options: "Options") -> "App":
     return App(
         Workspaces(options.runs, bases=bases, limits=options.limits),
         Studio(bases, options.limits),
-        SCRIPT.parent / "configs" / "dreambooth" / "demo.yaml",
         options.exposed,
         options.limits,
     )

@@ -7,48 +7,14 @@ from PIL import Image
 
 from snell_diffusion.app.limits import LIMITS
 from snell_diffusion.diffusion.data import Photo, Search, find_photos
-from snell_diffusion.diffusion.decoding import open_photo
+from snell_diffusion.diffusion.decoding import PhotoError, open_photo
 from snell_diffusion.diffusion.likeness import duplicates, enlarged, near_duplicates
-from snell_diffusion.errors import SnellaValueError, printable
+from snell_diffusion.errors import printable
 
-MAX_PHOTOS = LIMITS.photos
 MAX_SIDE = 1024  # pixels; stored photos are scaled down to this
 FEW = 3  # fewer photos than this hardly show what makes the subject
 LONGEST_NAME = 60  # characters of an upload's name that are shown
 EVERYTHING = Search(captions=False)
-
-
-def store_photos(uploads: Sequence[str | Path], folder: Path) -> list[Path]:
-    """Check all uploads, then write them to `folder` as photo-00.png, photo-01.png, ...
-
-    Args:
-        uploads: Where the server stored them; the file names are used in messages only.
-        folder: Made here.
-
-    Returns:
-        The stored photos: RGB, at most MAX_SIDE pixels a side.
-
-    Raises:
-        SnellaValueError: None given, more than MAX_PHOTOS, or any that is not a whole PNG, JPEG
-            or WebP of bearable size; all bad ones are named and nothing is written.
-    """
-    if not uploads:
-        raise SnellaValueError("no photos given: add 3 to 6 photos of the subject")
-    if len(uploads) > MAX_PHOTOS:
-        raise SnellaValueError(f"{len(uploads)} photos given; at most {MAX_PHOTOS} are taken")
-    pictures, bad = [], []
-    for path in map(Path, uploads):
-        try:
-            pictures.append(decode(path))
-        except ValueError as error:
-            bad.append(f"{path.name} {error}")
-    if bad:
-        raise SnellaValueError("; ".join(bad))
-    folder.mkdir(parents=True)
-    stored = [folder / f"photo-{index:02d}.png" for index in range(len(pictures))]
-    for picture, target in zip(pictures, stored, strict=True):
-        picture.save(target)
-    return stored
 
 
 def decode(upload: Path) -> Image.Image:
@@ -57,6 +23,10 @@ def decode(upload: Path) -> Image.Image:
     Raises:
         PhotoError: Why it is not taken, starting with a verb: "is empty".
     """
+    size = upload.stat().st_size
+    if size > LIMITS.upload_bytes:  # the server's own limit has to let adapter files pass
+        most = LIMITS.upload_bytes >> 20
+        raise PhotoError(f"has {size / 2**20:.1f} MB; a photo of up to {most} MB is taken")
     picture = open_photo(upload)
     picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     picture.info.clear()  # camera, place and time stay out of what is stored

@@ -117,14 +117,12 @@ class App:
     Attributes:
         workspaces: Of all users.
         studio: The one worker that owns the pipelines.
-        recipe: Training settings that the page does not ask for.
         exposed: Whether the page can be reached from other machines.
         limits: Bounds of what may be asked for.
     """
 
     workspaces: Workspaces
     studio: Studio
-    recipe: Path
     exposed: bool = False
     limits: Limits = field(default_factory=lambda: LIMITS)
 

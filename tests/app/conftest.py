@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml
 
 from snell_diffusion.app import launch, make_page
 from snell_diffusion.app.bases import Bases, described
@@ -34,18 +33,9 @@ def tiny_base(tmp_path_factory):
 def tiny_app(tiny_base, tmp_path_factory):
     """An App over the tiny base, without a page."""
     folder = tmp_path_factory.mktemp("app")
-    recipe = {
-        "pretrained_model_name_or_path": str(tiny_base),
-        "resolution": 32,
-        "rank": 4,
-        "train_batch_size": 1,
-        "num_inference_steps": 2,
-        "learning_rate": 1e-2,
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     bases = Bases([described("tiny", str(tiny_base))])
     workspaces = Workspaces(folder / "runs", bases=bases)
-    return App(workspaces, Studio(bases), folder / "recipe.yaml")
+    return App(workspaces, Studio(bases))
 
 
 @pytest.fixture(scope="module")

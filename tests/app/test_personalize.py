@@ -36,7 +36,7 @@ def app(tmp_path, monkeypatch):
     """An app whose training script only waits; its children are ended afterwards."""
     script = tmp_path / "train.py"
     script.write_text(WAITS)
-    made = App(Workspaces(tmp_path / "runs", script, bases=BASES), Studio(BASES), tmp_path)
+    made = App(Workspaces(tmp_path / "runs", script, bases=BASES), Studio(BASES))
     monkeypatch.setattr("snell_diffusion.app.jobs.launch_command", _plain)
     yield made
     for name in (None, "other"):

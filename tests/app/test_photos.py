@@ -1,17 +1,12 @@
 import pytest
 from PIL import Image, ImageCms
 
-from snell_diffusion.app.photos import MAX_PHOTOS, MAX_SIDE, notes, shown_name, store_photos
-from snell_diffusion.errors import SnellaValueError
+from snell_diffusion.app.limits import LIMITS
+from snell_diffusion.app.photos import MAX_SIDE, decode, notes, shown_name
+from snell_diffusion.diffusion.decoding import PhotoError
 
 ORIENTATION = 0x0112
 GPS = 0x8825
-
-
-def read(path):
-    with Image.open(path) as picture:
-        picture.load()
-        return picture
 
 
 @pytest.fixture
@@ -21,16 +16,14 @@ def photo(tmp_path):
     return path
 
 
-def test_stored_photos_are_rgb_pngs_in_upload_order(tmp_path, photo):
+def test_a_photo_is_rgb_on_white(tmp_path, photo):
     other = tmp_path / "see-through.png"
     Image.new("RGBA", (80, 80), (255, 0, 0, 0)).save(other)
-    stored = store_photos([photo, str(other)], tmp_path / "photos")
-    assert [path.name for path in stored] == ["photo-00.png", "photo-01.png"]
-    assert [read(path).size for path in stored] == [(90, 70), (80, 80)]
-    assert read(stored[1]).getpixel((5, 5)) == (255, 255, 255)  # transparency lies on white
+    assert decode(photo).size == (90, 70)
+    assert decode(other).getpixel((5, 5)) == (255, 255, 255)  # transparency lies on white
 
 
-def test_stored_photos_are_upright_and_carry_no_metadata(tmp_path):
+def test_a_photo_is_upright_and_carries_no_metadata(tmp_path):
     path = tmp_path / "turned.jpg"
     exif = Image.Exif()
     exif[ORIENTATION] = 6
@@ -38,43 +31,31 @@ def test_stored_photos_are_upright_and_carry_no_metadata(tmp_path):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     more = {"comment": b"taken at home", "icc_profile": profile}  # Pillow would keep the profile
     Image.new("RGB", (100, 70)).save(path, exif=exif, **more)
-    stored = read(store_photos([path], tmp_path / "photos")[0])
-    assert stored.size == (70, 100)
-    assert not stored.getexif()
-    assert not stored.info
+    picture = decode(path)
+    assert picture.size == (70, 100)
+    assert not picture.getexif()
+    assert not picture.info
 
 
-def test_large_photos_are_scaled_down(tmp_path):
+def test_a_large_photo_is_scaled_down(tmp_path):
     path = tmp_path / "large.png"
     Image.new("RGB", (2 * MAX_SIDE, MAX_SIDE)).save(path)
-    assert read(store_photos([path], tmp_path / "photos")[0]).size == (MAX_SIDE, MAX_SIDE // 2)
-
-
-def test_every_bad_upload_is_named_and_nothing_is_written(tmp_path, photo):
-    page = tmp_path / "page.png"
-    page.write_text("<html>not a picture</html>")
-    cut = tmp_path / "cut.jpg"
-    cut.write_bytes(photo.read_bytes()[:400])
-    with pytest.raises(
-        SnellaValueError, match=r"page\.png is not a jpg.*; cut\.jpg cannot be"
-    ) as e:
-        store_photos([photo, page, cut], tmp_path / "photos")
-    assert str(tmp_path) not in str(e.value)
-    assert not (tmp_path / "photos").exists()
+    assert decode(path).size == (MAX_SIDE, MAX_SIDE // 2)
 
 
 def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path):
     path = tmp_path / "bomb.png"
     Image.new("1", (13_000, 13_000)).save(path)
     assert path.stat().st_size < 100_000
-    with pytest.raises(SnellaValueError, match=r"bomb\.png is 13000x13000, more than \d+ million"):
-        store_photos([path], tmp_path / "photos")
+    with pytest.raises(PhotoError, match=r"is 13000x13000, more than \d+ million"):
+        decode(path)
 
 
-@pytest.mark.parametrize("count, message", [(0, "no photos given"), (MAX_PHOTOS + 1, "at most 30")])
-def test_the_number_of_photos_is_limited(tmp_path, photo, count, message):
-    with pytest.raises(SnellaValueError, match=message):
-        store_photos([photo] * count, tmp_path / "photos")
+def test_a_file_above_the_limit_is_refused_before_it_is_decoded(tmp_path, photo):
+    with photo.open("ab") as file:
+        file.truncate(LIMITS.upload_bytes + 1)
+    with pytest.raises(PhotoError, match=r"has 10\.0 MB; a photo of up to 10 MB is taken"):
+        decode(photo)
 
 
 def test_notes_name_what_is_worth_a_look(tmp_path):
@@ -95,7 +76,8 @@ def test_notes_name_what_is_worth_a_look(tmp_path):
 
 
 def test_too_few_photos_are_noted(tmp_path, photo):
-    store_photos([photo], tmp_path / "photos")
+    (tmp_path / "photos").mkdir()
+    decode(photo).save(tmp_path / "photos" / "photo-00.png")
     assert notes(tmp_path / "photos", {"photo-00.png": "cat.jpg"}) == [
         "Only 1 so far. Three is the least that works; five to ten are better."
     ]

@@ -51,7 +51,7 @@ def write_run(jobs, steps=6, total=12, state="training", asked=None, saved=True)
 @pytest.fixture
 def view(tiny_app, tmp_path):
     """look(run, seen) -> updates by part, on an owner without runs; and the owner's runs."""
-    tiny_app = type(tiny_app)(Workspaces(tmp_path / "runs"), tiny_app.studio, tiny_app.recipe)
+    tiny_app = type(tiny_app)(Workspaces(tmp_path / "runs"), tiny_app.studio)
     with gr.Blocks() as page, gr.Tabs() as tabs, gr.Tab():
         made = run_view(Shared(tiny_app, page, tabs, gr.State()), gr.State())
 

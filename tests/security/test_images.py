@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from snell_diffusion.app.photos import store_photos
+from snell_diffusion.app.drafts import Drafts
 from snell_diffusion.diffusion import setup
 from snell_diffusion.diffusion.data import find_photos
 from snell_diffusion.diffusion.decoding import open_photo
@@ -355,9 +355,10 @@ def test_a_double_is_noted(outputs: tuple[Path, Any]) -> None:
 
 def test_no_picture_of_a_run_tells_where_a_photo_was_taken(outputs: tuple[Path, Any]) -> None:
     folder, _ = outputs
-    stored = store_photos(sorted((folder / "photos").iterdir()), folder / "stored")
+    draft = Drafts(folder / "drafts").add(sorted((folder / "photos").iterdir()))
+    stored = [photo.file for photo in draft.stored]
     written = [p for p in (folder / "run").rglob("*") if p.suffix == ".png"] + stored
-    assert {"class_images", "samples", "run", "stored"} == {p.parent.name for p in written}
+    assert {"class_images", "samples", "run", "photos"} == {p.parent.name for p in written}
     for path in written:
         with Image.open(path) as picture:
             assert dict(picture.getexif()) == {}

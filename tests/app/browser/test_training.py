@@ -125,7 +125,9 @@ def test_a_run_survives_a_reload_a_second_window_a_stop_and_a_new_server(
     visitor.at("runs-choice").locator("input").click()
     visitor.page.get_by_role("option").first.click()
     visitor.at("runs-run-resume").click()
-    expect(visitor.at("runs-run-bar").locator("p")).to_contain_text("Finished: step 60 of 30")
+    expect(visitor.at("runs-run-bar").locator("p")).to_contain_text(
+        "Finished: step 30 of 30", timeout=2 * PATIENCE
+    )
     publish(visitor.snap("runs"), "app_runs.png")
 
 
