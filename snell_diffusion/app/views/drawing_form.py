@@ -118,7 +118,7 @@ class Form:
         )
 
     def _seed_row(self, lockable: bool) -> None:
-        with gr.Row(equal_height=True):
+        with gr.Row(equal_height=lockable):  # a button alone would grow as high as the box
             self.seed = gr.Number(
                 0,
                 label="Seed",
