@@ -4,12 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
+from safetensors.torch import save_file
 
 from snell_diffusion.app.pictures import SETTINGS_KEY, enlarged
-from tests.app.adapters import PROMPT, adapter_file
+from tests.app.adapters import PROMPT, adapter_file, finished_run
 from tests.app.visitor import Visitor
 
 SMALL = {"generate_steps": 2}
@@ -51,6 +53,18 @@ def opened(path):
 
 def pixels(path):
     return np.asarray(opened(path).convert("RGB"))
+
+
+def test_a_lora_run_is_named_beside_the_list(visitor, page_server, tmp_path):
+    jobs = page_server.app.workspaces.of(None).jobs
+    path = tmp_path / "lora.safetensors"
+    save_file({"unet.x.lora_A.weight": torch.zeros(2, 2)}, path)
+    job = finished_run(jobs.root, path)
+    visitor.show("generate")
+    said = visitor.values[visitor.ids["generate-left-out"]]
+    assert "Not in the list" in said
+    assert "is not a SNELLA adapter but a LoRA" in said
+    jobs.delete(job)
 
 
 def test_a_first_visit_draws_with_the_base_alone(visitor):

@@ -9,6 +9,7 @@ from gradio.processing_utils import save_bytes_to_cache
 from snell_diffusion.app.drawing import DrawRequest, Result, Step, values_of
 from snell_diffusion.app.pictures import enlarged, png_bytes
 from snell_diffusion.app.shared import HIDDEN, PICTURE, PIPELINE, QUIET, Shared, said
+from snell_diffusion.app.tabs.listed import listed
 from snell_diffusion.app.views.drawing_form import Form
 from snell_diffusion.app.views.progress_bar import bar, done, kept_bar, step_bar
 from snell_diffusion.app.workspace import Workspace
@@ -55,6 +56,7 @@ class GenerateTab:
             elem_id="generate-upload",
         )
         self.added = gr.JSON(visible=False)
+        self.others = gr.HTML(elem_id="generate-left-out")
 
     def _buttons(self) -> None:
         with gr.Row():
@@ -153,7 +155,12 @@ class GenerateTab:
             "Returns its id, its label and the base model it fits.",
         )
         added.success(said(self._select_added), [self.added], first, **QUIET)
+        self.shared.on_show("generate", self._left_out, [self.others])
         self.shared.wanted.change(said(self.form.select), [self.shared.wanted], first, **QUIET)
+
+    def _left_out(self, request: gr.Request) -> str:
+        found = self.shared.workspace(request).library.left_out()
+        return listed("Not in the list", [f"{label}: {reason}." for label, reason in found])
 
     def _add(self, request: gr.Request, file: str | None) -> dict[str, Any]:
         if file is None:

@@ -30,6 +30,7 @@ QUICK: dict[str, Any] = {
     "sample_steps": None,
 }
 KINDS = {"pet": write_pet, "object": write_object}
+CLASSES = {"pet": "cat", "object": "bowl"}
 
 
 def train(folder: Path, kind: str) -> Path:
@@ -39,6 +40,7 @@ def train(folder: Path, kind: str) -> Path:
     settings = {
         **recipe,
         **QUICK,
+        "initializer_token": CLASSES[kind],
         "instance_data_dir": str(folder / kind / "photos"),
         "validation_data_dir": None,
         "output_dir": str(folder / kind / "output"),
