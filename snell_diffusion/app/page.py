@@ -10,7 +10,7 @@ from snell_diffusion.app.tabs import compare, generate, inspect, personalize, ru
 from snell_diffusion.app.workspace import App
 
 INTRO = """# SNELLA
-Teach a text-to-image model your subject from a few photos. Everything stays on this machine."""
+Teach a text-to-image model your subject from a few photos. Everything stays on {place}."""
 TABS: tuple[tuple[str, str, Callable[[Shared], None]], ...] = (
     ("personalize", "Personalize", personalize.build),
     ("generate", "Generate", generate.build),
@@ -23,7 +23,7 @@ TABS: tuple[tuple[str, str, Callable[[Shared], None]], ...] = (
 def build(app: App) -> gr.Blocks:
     """The page over the given app; not launched yet."""
     with gr.Blocks(title="SNELLA", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        gr.Markdown(INTRO)
+        gr.Markdown(INTRO.format(place="this server" if app.exposed else "this machine"))
         wanted = gr.State(None)  # among the tabs it would shift their labels
         with gr.Tabs() as tabs:
             shared = Shared(app, page, tabs, wanted)
