@@ -38,7 +38,6 @@ class Scratch:
 
     def __init__(self, pooled: bool = True) -> None:
         self._pooled = pooled
-        self._lasts: bool | None = None  # whether it goes back to the pool; the first tensor tells
         self._passing = _Memory()
         self._lasting = _pool.pop() if pooled and _pool else _Memory()
         self._parts: dict[int, Scratch] = {}
@@ -47,17 +46,23 @@ class Scratch:
         self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
     ) -> Tensor:
         """Uninitialised contiguous memory of any shape; what had the same name is lost."""
-        if self._lasts is None:
-            self._lasts = self._pooled and at_hand(like)
+        lasts = self._pooled and at_hand(like)  # each time: a walk may hold real and fake tensors
         key = name, shape, dtype or like.dtype
-        found = self._lasting.views.get(key) if self._lasts else None
-        return self._make(*key, like.device) if found is None else found
+        found = self._lasting.views.get(key) if lasts else None
+        if found is None:
+            return self._make(*key, like.device, lasts)
+        return found.view(shape)  # an operation, so that it is fake where others are
 
     def _make(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        lasts: bool,
     ) -> Tensor:
         size = math.prod(shape)
-        lasts = self._lasts and size <= POOLED_ENTRIES
+        lasts = lasts and size <= POOLED_ENTRIES
         memory = self._lasting if lasts else self._passing
         flat = memory.flat.get(name)
         with torch.inference_mode(False):  # else unusable outside of it
@@ -65,7 +70,7 @@ class Scratch:
                 flat = memory.flat[name] = torch.empty(size, dtype=dtype, device=device)
                 memory.views.clear()  # they would keep what was replaced
             view = flat[:size].view(*shape)
-        if lasts and len(memory.views) < VIEWS:
+        if lasts and type(view) is Tensor and len(memory.views) < VIEWS:
             memory.views[name, shape, dtype] = view
         return view
 
