@@ -239,7 +239,9 @@ def _identity(location: str, component: str) -> tuple[str, str] | None:
         if library == "diffusers":
             model = kind.from_config(kind.load_config(location, subfolder=component))
         else:
-            model = kind(kind.config_class.from_pretrained(location, subfolder=component))
+            settings = kind.config_class
+            values, _ = settings.get_config_dict(location, subfolder=component)
+            model = kind(settings.from_dict(values))
     return name, config_hash(model)
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from snell_diffusion.app import make_page
+from snell_diffusion.app import make_app, make_page
+from snell_diffusion.app.options import Options
 from snell_diffusion.versions import FLOORS, require
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,10 +69,10 @@ def test_too_old_is_named_at_import(library: str, pretend, monkeypatch: pytest.M
     "version, message",
     [("6.15.2", "needs gradio>=6.16, but gradio 6.15.2 is"), (None, r"'snell-diffusion\[app\]'")],
 )
-def test_the_app_names_gradio(version: str | None, message: str, pretend, tmp_path: Path) -> None:
+def test_the_app_names_gradio(version: str | None, message: str, pretend) -> None:
     pretend("gradio", version)
     with pytest.raises(ImportError, match=message):
-        make_page(tmp_path, tmp_path)
+        make_page(make_app(Options()))
 
 
 @pytest.mark.row("V5")
