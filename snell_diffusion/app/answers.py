@@ -19,7 +19,7 @@ from snell_diffusion.app.inspection import (
 from snell_diffusion.app.jobs import Jobs
 from snell_diffusion.app.library import Adapter
 from snell_diffusion.app.presets import EFFORTS, KINDS
-from snell_diffusion.app.progress import sentence, summary
+from snell_diffusion.app.progress import sentence, summaries
 
 
 def base_values(base: Base) -> dict[str, Any]:
@@ -72,10 +72,9 @@ def status_values(jobs: Jobs, job: str) -> dict[str, Any]:
 def run_rows(jobs: Jobs) -> list[dict[str, Any]]:
     """One row per run, newest first."""
     rows = []
-    for job in jobs.all():
-        row = summary(job, jobs.info(job), jobs.status(job), jobs.seconds(job), jobs.events(job))
+    for row in summaries(jobs):
         values = asdict(row)
-        rows.append({"id": values.pop("job"), "label": jobs.info(job)["label"], **values})
+        rows.append({"id": values.pop("job"), "label": jobs.info(row.job)["label"], **values})
     return rows
 
 

@@ -7,7 +7,6 @@
 
 import json
 import re
-import secrets
 import shutil
 import threading
 import time
@@ -16,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from snell_diffusion.app.ids import is_id, new_id
 from snell_diffusion.app.limits import LIMITS, Limits
 from snell_diffusion.app.photos import decode, notes, shown_name
 from snell_diffusion.diffusion.decoding import PhotoError
 from snell_diffusion.errors import SnellaValueError
 from snell_diffusion.training.files import write_json
 
-ID = re.compile(r"[0-9a-f]{32}")
 _NUMBER = re.compile(r"photo-(\d+)\.png")
 
 
@@ -94,7 +93,7 @@ class Drafts:
         Raises:
             SnellaValueError: No such draft.
         """
-        if not isinstance(draft, str) or not ID.fullmatch(draft):
+        if not is_id(draft):
             raise SnellaValueError("add photos first: this is not the id of a set of photos")
         if not (self.root / draft / "draft.json").is_file():
             raise SnellaValueError("these photos are no longer there: add them again")
@@ -131,7 +130,7 @@ class Drafts:
     def _new(self) -> str:
         for old in self._all()[self._limits.drafts - 1 :]:
             shutil.rmtree(self.root / old)
-        draft = secrets.token_hex(16)
+        draft = new_id()
         (self.root / draft / "photos").mkdir(parents=True)
         self._write(draft, {})
         return draft
@@ -226,7 +225,7 @@ class Drafts:
 
     def _all(self) -> list[str]:
         """Ids, the one that was changed last first."""
-        found = [path for path in self.root.glob("*/draft.json") if ID.fullmatch(path.parent.name)]
+        found = [path for path in self.root.glob("*/draft.json") if is_id(path.parent.name)]
         found.sort(key=lambda path: json.loads(path.read_text("utf-8"))["changed"], reverse=True)
         return [path.parent.name for path in found]
 

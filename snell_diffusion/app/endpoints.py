@@ -5,9 +5,8 @@ through the upload of the page, which endpoints without components do not check.
 is checked by the same plain functions that the page uses: gradio passes on any JSON.
 """
 
-import functools
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from snell_diffusion.app import answers, personalize
 from snell_diffusion.app.compare import caption, plan, read_axis
 from snell_diffusion.app.drawing import DrawRequest, Result, Step
 from snell_diffusion.app.pictures import labelled_grid, png_bytes
-from snell_diffusion.app.shared import PIPELINE, Shared, said
+from snell_diffusion.app.presets import KINDS
+from snell_diffusion.app.shared import PIPELINE, Shared, said, translated
 from snell_diffusion.app.workspace import Workspace
 from snell_diffusion.errors import SnellaError, SnellaValueError
 
@@ -54,25 +54,7 @@ def _expose(shared: Shared, call: Callable[..., Any], how: dict[str, Any]) -> No
 
 def sure(function: Callable[..., Any]) -> Callable[..., Any]:
     """Answer an unexpected error with a sentence; what it was goes to the server's log only."""
-    if function.__name__ in ("generate", "compare"):
-
-        @functools.wraps(function)
-        def generate(*arguments: Any, **named: Any) -> Iterator[Any]:
-            try:
-                yield from function(*arguments, **named)
-            except Exception as error:
-                raise _told(error) from error
-
-        return generate
-
-    @functools.wraps(function)
-    def call(*arguments: Any, **named: Any) -> Any:
-        try:
-            return function(*arguments, **named)
-        except Exception as error:
-            raise _told(error) from error
-
-    return call
+    return translated(function, Exception, _told)
 
 
 def _told(error: Exception) -> Exception:
@@ -127,7 +109,7 @@ class Endpoints:
     def estimate(self, request: gr.Request, base: str = "embedded", preset: str = "object") -> dict:
         """Time (seconds) and memory (bytes) that each effort will take on this machine; null where
         it is not known yet."""
-        if preset not in [row["id"] for row in answers.preset_rows()["presets"]]:
+        if preset not in list(KINDS):  # any JSON may come, also what cannot be a key
             raise SnellaValueError("choose a preset: pet, object or style")
         known = self._app.bases.get(base)
         found = personalize.estimates_of(self._app, self._own(request), known, preset, {})

@@ -15,7 +15,6 @@ a checkpoint would have to load the base model once more, for minutes where it i
 """
 
 import re
-import secrets
 import shutil
 import subprocess
 import threading
@@ -29,6 +28,7 @@ import yaml
 
 from snell_diffusion.app import processes
 from snell_diffusion.app.event_log import Event, EventLogs
+from snell_diffusion.app.ids import is_id, new_id
 from snell_diffusion.app.job_record import JobStatus, SavedState, derive_status, read_json
 from snell_diffusion.app.processes import GRACE, launch_command
 from snell_diffusion.app.reasons import refused
@@ -41,7 +41,6 @@ from snell_diffusion.training.files import sweep, write_json, write_text
 SCRIPT = Path(__file__).resolve().parents[2] / "train_dreambooth_snella.py"
 STATES_KEPT = 2  # checkpoints of a run that lie on the disk
 SAVES = 10  # checkpoints over a run whose settings do not say how many
-_ID = re.compile(r"[0-9a-f]{32}")
 _SHEET = re.compile(r"step-(\d{6,})\.png")
 _DELETED = ".deleted-"
 
@@ -81,7 +80,7 @@ class Jobs:
         Raises:
             SnellaValueError: No such run.
         """
-        if not isinstance(job, str) or not _ID.fullmatch(job):
+        if not is_id(job):
             raise SnellaValueError("choose a run from the list; this is not the id of one")
         if not (self.root / job).is_dir():
             raise SnellaValueError("this run is no longer there; choose another from the list")
@@ -93,7 +92,7 @@ class Jobs:
         started = {
             job: record.get("started", 0.0)
             for job, record in found.items()
-            if _ID.fullmatch(job) and record
+            if is_id(job) and record
         }
         return sorted(started, key=lambda job: (started[job], job), reverse=True)
 
@@ -181,7 +180,7 @@ class Jobs:
         Raises:
             SnellaError: The disk is full.
         """
-        job = secrets.token_hex(16)
+        job = new_id()
         with _disk():
             (self.root / job).mkdir(parents=True)
         return job

@@ -7,7 +7,6 @@
 import json
 import os
 import re
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from snell_diffusion.adapters import read_adapter, read_header
 from snell_diffusion.adapters.foreign import describe_foreign
 from snell_diffusion.adapters.schema import Header
 from snell_diffusion.app.bases import Bases, fitting
+from snell_diffusion.app.ids import is_id, new_id
 from snell_diffusion.app.jobs import Jobs
 from snell_diffusion.app.limits import LIMITS, Limits
 from snell_diffusion.errors import SnellaError, SnellaValueError, printable
 
-ID = re.compile(r"[0-9a-f]{32}")
 LABEL = 60  # characters of an adapter's name in a list
 UNLISTED = "choose an adapter from the list; this is not the id of one"
 GONE = "this adapter is no longer there; choose another from the list"
@@ -86,7 +85,7 @@ class Library:
         Raises:
             SnellaValueError: Not the id of one, or it is gone, or its run has none yet.
         """
-        if not isinstance(adapter, str) or not ID.fullmatch(adapter):
+        if not is_id(adapter):
             raise SnellaValueError(UNLISTED)
         uploaded = self._uploaded(adapter)
         if uploaded is not None:
@@ -164,7 +163,7 @@ class Library:
 
     def _store(self, content: bytes, record: dict[str, Any]) -> Adapter:
         self.root.mkdir(parents=True, exist_ok=True)
-        adapter = secrets.token_hex(16)
+        adapter = new_id()
         try:
             _replace(self.root / f"{adapter}.safetensors", content)
             _replace(self.root / f"{adapter}.json", json.dumps(record).encode())
@@ -176,7 +175,7 @@ class Library:
         return self.get(adapter)
 
     def _uploads(self) -> list[Adapter]:
-        names = [path.stem for path in self.root.glob("*.json") if ID.fullmatch(path.stem)]
+        names = [path.stem for path in self.root.glob("*.json") if is_id(path.stem)]
         newest = sorted(names, key=lambda name: self._record(name)["stored"], reverse=True)
         found = [self._uploaded(name) for name in newest]
         return [adapter for adapter in found if adapter is not None]

@@ -14,6 +14,7 @@ from snell_diffusion.app.bases import Base
 from snell_diffusion.app.drafts import Photo
 from snell_diffusion.app.estimates import Estimate, estimate
 from snell_diffusion.app.fields import check_overrides
+from snell_diffusion.app.ids import PATTERN
 from snell_diffusion.app.jobs import launch_command
 from snell_diffusion.app.limits import LIMITS
 from snell_diffusion.app.presets import (
@@ -62,7 +63,7 @@ class TrainRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    draft: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    draft: Annotated[str, Field(pattern=f"^{PATTERN}$")]
     subject: Annotated[str, Field(pattern=SUBJECT), AfterValidator(str.lower)]
     word: Annotated[str, Field(pattern=WORD)] | None = None
     preset: Literal["pet", "object", "style"] = "object"

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import psutil
 
+from snell_diffusion.training.files import process_alive
+
 GRACE = 60.0  # seconds that a run has to end its step and save before it is ended
 LAST_GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 _LOOK = 0.1  # seconds between two looks at a process
-_CLOCK = 5.0  # the clock that start times are counted from may be corrected by as many seconds
 
 
 def launch_command(script: Path, config: Path, resume: bool = False) -> list[str]:
@@ -60,11 +61,11 @@ def created(pid: int) -> float:
 
 def lives(pid: int, since: float) -> bool:
     """Whether process `pid`, started at `since`, still runs; ids are used again, times are not."""
+    if pid < 1 or not process_alive(pid, since):
+        return False
     try:
-        process = psutil.Process(pid)
-        same = abs(process.create_time() - since) < _CLOCK
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except (psutil.NoSuchProcess, ValueError, OverflowError):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 

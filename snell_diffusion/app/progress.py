@@ -10,6 +10,7 @@ import numpy as np
 
 from snell_diffusion.app.event_log import Event
 from snell_diffusion.app.job_record import JobStatus
+from snell_diffusion.app.jobs import Jobs
 
 POINTS = 400  # of a curve; a plot has fewer pixels than a run may have steps
 TRAINING, HELD_OUT, BASE = "training", "held-out", "base model"
@@ -66,6 +67,14 @@ def summary(
         best_loss=best_loss(events),
         started=moment(info["started"]),
     )
+
+
+def summaries(jobs: Jobs) -> list[Summary]:
+    """The rows of all runs, newest first."""
+    return [
+        summary(job, jobs.info(job), jobs.status(job), jobs.seconds(job), jobs.events(job))
+        for job in jobs.all()
+    ]
 
 
 def subject(info: Mapping[str, Any]) -> str:

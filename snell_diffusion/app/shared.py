@@ -28,19 +28,31 @@ def said(function: Callable[..., Any]) -> Callable[..., Any]:
     A generator stays one: closing it closes the function's own.
     """
 
+    return translated(
+        function, SnellaError, lambda error: gr.Error(str(error), print_exception=False)
+    )
+
+
+def translated(
+    function: Callable[..., Any],
+    kind: type[Exception],
+    into: Callable[[Exception], Exception],
+) -> Callable[..., Any]:
+    """The function, or the generator, with its errors of a kind raised as others."""
+
     @functools.wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
         try:
             return function(*arguments, **named)
-        except SnellaError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        except kind as error:
+            raise into(error) from error
 
     @functools.wraps(function)
     def generate(*arguments: Any, **named: Any) -> Iterator[Any]:
         try:
             yield from function(*arguments, **named)
-        except SnellaError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        except kind as error:
+            raise into(error) from error
 
     return generate if inspect.isgeneratorfunction(function) else call
 

@@ -8,7 +8,7 @@ import gradio as gr
 
 from snell_diffusion.app.job_record import JobStatus
 from snell_diffusion.app.jobs import Jobs
-from snell_diffusion.app.progress import UNKNOWN, Summary, duration, moment, subject, summary
+from snell_diffusion.app.progress import UNKNOWN, Summary, duration, moment, subject, summaries
 from snell_diffusion.app.run_files import file_name, log_text, model_card, settings_text
 from snell_diffusion.app.shared import HIDDEN, QUIET, Shared, said
 from snell_diffusion.app.views.files import cached, cached_text
@@ -103,10 +103,7 @@ def _fill(shared: Shared) -> Callable[..., tuple[Any, ...]]:
 
 def _rows(jobs: Jobs, job: str | None) -> tuple[Any, ...]:
     """Hint, table and list of runs, with `job` still chosen if it is there."""
-    found = [
-        summary(each, jobs.info(each), jobs.status(each), jobs.seconds(each), jobs.events(each))
-        for each in jobs.all()
-    ]
+    found = summaries(jobs)
     values = [_row(row) for row in found]
     return CHOOSE if found else NONE, values, _choice(jobs, job)
 
