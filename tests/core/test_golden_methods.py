@@ -1,0 +1,107 @@
+"""Parity of the methods beside SNELLA with recorded numbers (tests/golden/README.md).
+
+Nothing here depends on a case's size, rank or bits: cases of these kinds that are added later are
+checked as they are.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from snell_diffusion.core.householder import (
+    REFLECTIONS,
+    householder_product,
+    householder_update,
+)
+from snell_diffusion.core.quantize import decode, encode, levels, quantize
+from snell_diffusion.core.recompose import recompose, recomposed_bias, recomposed_weight
+from tests.golden.cases import Case, cases
+
+
+def runs(kind: str) -> pytest.MarkDecorator:
+    """The cases of a kind, each in the precisions it was recorded in."""
+    known = [(c, p) for c in cases(kind) for p in ("f64", "f32") if p in c.entry["tolerance"]]
+    return pytest.mark.parametrize(("case", "precision"), known, ids=str)
+
+
+def leaves(tensors: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    return {name: tensors[name].clone().requires_grad_() for name in names}
+
+
+def check(case: Case, tensors: dict[str, Tensor], precision: str, got: dict[str, Tensor]) -> None:
+    """Every recorded result of this precision, and no other."""
+    expected = {k.removesuffix(f".{precision}") for k in tensors if k.endswith(f".{precision}")}
+    assert expected == set(got)
+    for name, value in got.items():
+        case.assert_close(value, tensors[f"{name}.{precision}"], precision, name)
+
+
+@runs("binary_quant")
+def test_binary_quant(case: Case, precision: str) -> None:
+    t, bits = case.tensors(precision), case.config["bits"]
+    given = leaves(t, ["W", "x"])
+    Wq = quantize(given["W"], bits)
+    y = given["x"] @ Wq.T
+    y.backward(t["gy"])
+    mu, sigma = t["W"].mean(), t["W"].std()
+    got = {"mean": mu, "std": sigma, "zq": (Wq - mu) / sigma, "Wq": Wq, "y": y}
+    got |= {"gx": given["x"].grad, "gW": given["W"].grad}
+    check(case, t, precision, got)
+
+
+@pytest.mark.parametrize("case", cases("binary_quant"), ids=str)
+def test_packed_bytes(case: Case) -> None:
+    t, bits = case.tensors("f32"), case.config["bits"]
+    torch.testing.assert_close(levels(bits), t["levels"].double(), rtol=0, atol=1e-7)
+    codes, stats = encode(t["W"], bits)
+    assert torch.equal(codes, t["bytes"])
+    index = (decode(codes, torch.tensor([0.0, 1.0]), bits, (t["W"].numel(),)).unsqueeze(1)) == (
+        t["levels"]
+    )
+    assert torch.equal(index.long().argmax(1), t["index"].long())
+    case.assert_close(decode(codes, stats, bits, t["W"].shape), t["reloaded"], "f32", "reloaded")
+
+
+@runs("update")
+def test_hta(case: Case, precision: str) -> None:
+    t = case.tensors(precision)
+    names = {"vl": "v_l", "vr": "v_r", "d": "d", "down": "down", "up": "up"}
+    got: dict[str, Tensor] = {}
+    for reflection in REFLECTIONS:
+        given = leaves(t, [*(name for name in names if name in t), "x"])
+        arguments = {names[name]: value for name, value in given.items() if name != "x"}
+        delta = householder_update(**arguments, reflection=reflection)
+        y = householder_product(given["x"], **arguments, reflection=reflection)
+        y.backward(t["gy"])
+        results = {"update": delta, "y": y} | {f"g{n}": value.grad for n, value in given.items()}
+        got |= {f"{reflection}.{name}": value for name, value in results.items()}
+        through_dense = leaves(t, list(given))
+        arguments = {names[name]: v for name, v in through_dense.items() if name != "x"}
+        delta = householder_update(**arguments, reflection=reflection)
+        (through_dense["x"] @ delta).backward(t["gy"])
+        for name, value in through_dense.items():
+            want = t[f"{reflection}.g{name}.{precision}"]
+            case.assert_close(value.grad, want, precision, f"{reflection}.g{name} by the matrix")
+    check(case, t, precision, got)
+
+
+@runs("adapter")
+def test_arc(case: Case, precision: str) -> None:
+    t, layers = case.tensors(precision), range(case.config["layers"])
+    own = [f"{name}{layer}" for layer in layers for name in ("s", "b")]
+    given = leaves(t, ["x", "U", *own])
+    h, got = given["x"], {}
+    for layer in layers:
+        h = h + recompose(h, given["U"], given[f"s{layer}"], given[f"b{layer}"])
+        got[f"h{layer}"] = h
+    h.backward(t["gy"])
+    check(case, t, precision, got | {f"g{name}": value.grad for name, value in given.items()})
+
+
+@pytest.mark.parametrize("case", cases("adapter"), ids=str)
+def test_arc_merged_into_a_linear(case: Case) -> None:
+    t = case.tensors("f64")
+    W = torch.randn(7, case.config["dim"], dtype=torch.float64)
+    merged = W + recomposed_weight(W, t["U"], t["s0"])
+    y = t["x"] @ merged.T + recomposed_bias(W, t["b0"])
+    case.assert_close(y, t["h0.f64"] @ W.T, "f64", "a linear on h0")
