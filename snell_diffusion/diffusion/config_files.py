@@ -2,44 +2,26 @@
 
 import argparse
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-import yaml
-from pydantic import ValidationError
-from transformers import HfArgumentParser
+from typing import Any
 
 from snell_diffusion.diffusion.concepts import ConceptConfig
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.errors import SnellaConfigError
+from snell_diffusion.training.config_files import Settings, read_mapping, read_yaml, yaml_text
 
 ALIASES = {"base": "pretrained_model_name_or_path", "concepts_list": "concepts"}
-_LONGEST = 80  # characters of a bad value that a message quotes
 KEYS = tuple(f.name for f in dataclasses.fields(TrainConfig))
 CONCEPT_KEYS = tuple(f.name for f in dataclasses.fields(ConceptConfig))
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise SnellaConfigError(f"command line: {message}")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line of TrainConfig; only flags that are given end up in the namespace."""
-    parser = _Parser(
-        TrainConfig,  # type: ignore[arg-type]
-        allow_abbrev=False,
-        description="Personalize a text-to-image model from a few photos with SNELLA.",
-        formatter_class=argparse.HelpFormatter,
-    )
+    parser = _SETTINGS.parser()
     for action in parser._actions:
-        action.default = argparse.SUPPRESS
-        action.help = (action.help or "").replace("%", "%%")
         if action.dest == "concepts":
             action.type, action.nargs, action.metavar = str, None, "FILE"
-    parser.add_argument("--config", help="YAML file with any of these keys; flags win over it.")
     parser.add_argument(
         "--base", dest=ALIASES["base"], default=argparse.SUPPRESS, help="Short for the base model."
     )
@@ -59,17 +41,7 @@ def parse_config(arguments: Sequence[str]) -> TrainConfig:
     Raises:
         SnellaConfigError: Unknown key or flag (the nearest is named), bad value, unreadable file.
     """
-    namespace, unknown = make_parser().parse_known_args(list(arguments))
-    if unknown:
-        flag = unknown[0].partition("=")[0]
-        raise SnellaConfigError(
-            f"command line: unknown argument '{flag}'"
-            f"{_nearest(flag.lstrip('-').replace('-', '_'), prefix='--')}"
-        )
-    given = vars(namespace)
-    path = given.pop("config", None)
-    values = {} if path is None else read_config(Path(path))
-    return make_config({**values, **given}, where=path or "command line")
+    return _SETTINGS.parse(arguments, make_parser())
 
 
 def make_config(values: Mapping[str, Any], where: str = "config") -> TrainConfig:
@@ -78,38 +50,22 @@ def make_config(values: Mapping[str, Any], where: str = "config") -> TrainConfig
     Raises:
         SnellaConfigError: Unknown keys or bad values, all of them in one message.
     """
-    values = {ALIASES.get(key, key): value for key, value in values.items()}
-    unknown = [key for key in values if key not in KEYS]
-    if unknown:
-        lines = [f"unknown key '{key}'{_nearest(key)}" for key in unknown]
-        raise SnellaConfigError(f"{where}: " + "; ".join(lines))
+    return _SETTINGS.make(values, where)
+
+
+def _read_named(values: dict[str, Any]) -> dict[str, Any]:
     if isinstance(values.get("concepts"), str):
-        values["concepts"] = read_concepts(Path(values["concepts"]))
-    try:
-        return TrainConfig(**values)
-    except ValidationError as error:
-        raise SnellaConfigError(f"{where}: " + "; ".join(_readable(error))) from error
+        return {**values, "concepts": read_concepts(Path(values["concepts"]))}
+    return values
 
 
-def _readable(error: ValidationError) -> Iterable[str]:
-    for issue in error.errors():
-        name = ".".join(map(str, issue["loc"]))
-        if issue["type"] == "unexpected_keyword_argument":
-            yield f"unknown key '{name}'{_nearest(str(issue['loc'][-1]), keys=CONCEPT_KEYS)}"
-            continue
-        message = issue["msg"].removeprefix("Value error, ").replace("Input should", "should")
-        yield f"{name} {message}, got {_short(issue['input'])}" if name else message
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-
-
-def _nearest(key: str, prefix: str = "", keys: Sequence[str] = ()) -> str:
-    known = keys or [*KEYS, *ALIASES, "config"]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f", did you mean '{prefix}{near[0]}'?" if near else ""
+_SETTINGS = Settings(
+    TrainConfig,
+    "Personalize a text-to-image model from a few photos with SNELLA.",
+    aliases=ALIASES,
+    prepare=_read_named,
+    nested=CONCEPT_KEYS,
+)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -118,10 +74,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         SnellaConfigError: The file is missing, is not YAML, or holds no mapping.
     """
-    values = _read_yaml(path)
-    if not isinstance(values, dict):
-        raise SnellaConfigError(f"config file {path} should hold 'key: value' lines")
-    return values
+    return read_mapping(path)
 
 
 def read_concepts(path: Path) -> list[Any]:
@@ -130,21 +83,10 @@ def read_concepts(path: Path) -> list[Any]:
     Raises:
         SnellaConfigError: The file is missing, is neither, or holds no list.
     """
-    values = _read_yaml(path)
+    values = read_yaml(path)
     if not isinstance(values, list):
         raise SnellaConfigError(f"config file {path} should hold a list of concepts")
     return values
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text("utf-8"))
-    except OSError as error:
-        raise SnellaConfigError(f"config file {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise SnellaConfigError(f"config file {path} is not UTF-8 text") from error
-    except yaml.YAMLError as error:
-        raise SnellaConfigError(f"config file {path} is not valid YAML: {error}") from error
 
 
 def config_values(config: TrainConfig) -> dict[str, Any]:
@@ -159,4 +101,4 @@ def _given(concept: ConceptConfig) -> dict[str, Any]:
 
 def config_text(config: TrainConfig) -> str:
     """The config as YAML that `--config` reads back to an equal config."""
-    return yaml.safe_dump(config_values(config), sort_keys=False, allow_unicode=True)
+    return yaml_text(config_values(config))
