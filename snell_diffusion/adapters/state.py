@@ -144,8 +144,10 @@ def _kind_row(layer: Any) -> dict[str, Any]:
 
 
 def method_name(config: Any) -> str:
-    """The method of a PEFT config as files spell it, e.g. `snella`."""
-    return str(config.peft_type.value).lower()
+    """The method of a PEFT config as files spell it, e.g. `snella`, of which SNELL is a setting."""
+    from snell_diffusion.tuners import METHODS
+
+    return METHODS[config.peft_type.value].stored_as
 
 
 def _prefix(config: Any) -> str:

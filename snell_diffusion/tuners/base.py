@@ -4,7 +4,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from peft import PeftConfig
@@ -42,6 +42,10 @@ class DeltaConfig(PeftConfig):
     """
 
     method: ClassVar[str]
+    default_roles: ClassVar[tuple[str, ...] | None] = None
+    """Which layers the paper adapts, by `roles.ROLES`; None: all that a model's family names."""
+    fixed: ClassVar[tuple[str, ...]] = ()
+    """Fields that make the method what it is: they stay at their defaults."""
 
     r: int = field(
         default=32, metadata={"help": "rank: numbers per input and per output feature, 1 or more"}
@@ -81,6 +85,12 @@ class DeltaConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MethodName(self.method)
+        for item in fields(self):
+            if item.name in self.fixed and getattr(self, item.name) != item.default:
+                raise SnellaConfigError(
+                    f"{item.name} of {self.method} is {item.default!r}, got "
+                    f"{getattr(self, item.name)!r}: leave it out, or use SNELLA, which has it"
+                )
         check_int("r", self.r, at_least=1)
         check_number(
             "scale", self.scale, "1e-12 to 1e12 or its negative", lambda s: 1e-12 <= abs(s) <= 1e12
@@ -286,6 +296,12 @@ def warn_about_merge_error(model: nn.Module) -> None:
             "the adapter unmerged or load the base model in float32",
             stacklevel=3,
         )
+
+
+def config_field(kind: type, name: str, default: Any) -> Any:
+    """A dataclass field as a parent config has it, with another default."""
+    (parent,) = (item for item in fields(kind) if item.name == name)
+    return field(default=default, metadata=parent.metadata)
 
 
 def check_int(name: str, value: object, at_least: int) -> None:

@@ -44,16 +44,32 @@ class Method:
     Args:
         name: Upper case; the `peft_type` in saved configs.
         config: A `DeltaConfig` class.
-        model: A `DeltaModel` class; its `prefix` must be the name in lower case and an underscore.
+        model: A `DeltaModel` class; its `prefix` must be the name in lower case and an underscore,
+            or those of the method that this one is a setting of (SNELL is one of SNELLA).
+        summary: What it does, in one line of a list of methods.
     """
 
     name: str
     config: type
     model: type
+    summary: str = ""
 
     @property
     def prefix(self) -> str:
-        return f"{self.name.lower()}_"
+        """What its tensors' names begin with."""
+        return str(self.model.prefix)  # type: ignore[attr-defined]
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """What tensors may be called: own name first, then those of the config's ancestors."""
+        kinds = self.config.__mro__ if getattr(self.config, "method", None) == self.name else ()
+        names = (self.name, *(getattr(kind, "method", self.name) for kind in kinds))
+        return tuple(f"{name.lower()}_" for name in dict.fromkeys(names))
+
+    @property
+    def stored_as(self) -> str:
+        """The method that adapter files name, in lower case: the one whose tensors these are."""
+        return self.prefix.removesuffix("_")
 
 
 def register(method: Method) -> None:
@@ -66,9 +82,9 @@ def register(method: Method) -> None:
     mappings = _peft_mappings()
     if not method.name.isupper():
         raise ValueError(f"a method's name must be upper case, got {method.name!r}")
-    if getattr(method.model, "prefix", None) != method.prefix:
+    if getattr(method.model, "prefix", None) not in method.prefixes:
         raise ValueError(
-            f"method {method.name} needs a model class with prefix {method.prefix!r}, "
+            f"method {method.name} needs a model class with prefix {method.prefixes[0]!r}, "
             f"{method.model.__name__} has {getattr(method.model, 'prefix', None)!r}"
         )
     taken = mappings["config"].get(method.name)

@@ -280,7 +280,12 @@ class SnellaModel(DeltaModel):
     conv_layer_cls = SnellaConvLayer
 
 
-METHOD = Method(name="SNELLA", config=SnellaConfig, model=SnellaModel)
+METHOD = Method(
+    name="SNELLA",
+    config=SnellaConfig,
+    model=SnellaModel,
+    summary="kernelized sparse high-rank update; layers compete for a budget of kept weights",
+)
 
 
 def fresh_factors(

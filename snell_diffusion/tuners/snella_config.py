@@ -14,11 +14,16 @@ from snell_diffusion.tuners.base import (
     check_number,
 )
 
-__all__ = ["DIFFUSION", "INITS", "SIGN", "SnellaConfig"]
+__all__ = ["ALLOCATION", "DIFFUSION", "INITS", "SIGN", "VISION", "SnellaConfig"]
 
 INITS = ("paper", "identity")
 SIGN = 0.1
 """Size of the head coefficients, +0.1 and -0.1 in turn; the public code's only scale."""
+ALLOCATION = (
+    *("target_sparsity", "alloc_init_warmup", "alloc_final_warmup", "alloc_interval"),
+    *("alloc_beta1", "alloc_beta2", "alloc_metric"),
+)
+"""Settings of the layers' competition."""
 
 
 @dataclass
@@ -31,6 +36,8 @@ class SnellaConfig(DeltaConfig):
     """
 
     method: ClassVar[str] = "SNELLA"
+    competes: ClassVar[bool] = True
+    """Whether layers compete for a common budget while training."""
 
     heads: int = field(default=2, metadata={"help": "kernels of alternating sign; must divide r"})
     kernel: str = field(
@@ -179,6 +186,11 @@ class SnellaConfig(DeltaConfig):
         """Our setting for diffusion models; `changes` win over it."""
         return cls(**{**DIFFUSION, **changes})
 
+    @classmethod
+    def vision(cls, **changes: Any) -> "SnellaConfig":
+        """Our setting for classification with vision transformers; `changes` win over it."""
+        return cls(**{**VISION, **changes})
+
     @property
     def q(self) -> int:
         """Numbers per feature and head."""
@@ -218,3 +230,6 @@ DIFFUSION: dict[str, Any] = {
     "scale": 4.0,
 }
 """What `SnellaConfig.diffusion` changes of the paper's setting; measured in docs/experiments.md."""
+
+VISION: dict[str, Any] = {}
+"""What `SnellaConfig.vision` changes of the paper's setting."""

@@ -25,7 +25,7 @@ def test_header_survives_a_round_trip(adapter_bytes: bytes) -> None:
 
 
 def test_every_method_of_this_version_is_a_known_feature() -> None:
-    assert {name.lower() for name in METHODS} <= FEATURES
+    assert {method.stored_as for method in METHODS.values()} <= FEATURES
 
 
 def test_a_lora_file_is_told_apart() -> None:

@@ -1,0 +1,250 @@
+"""Every method behind one interface: ours, PEFT's as they are, and training the whole model.
+
+    recipe("hta").config({"rank": 8, "bottleneck": 2}, targets, seed=0)   # a PEFT config
+
+Settings are those every method shares (`rank`, `update_scale`, `dropout`) and the fields of the
+method's own config.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from peft import AdaLoraConfig, HRAConfig, LoraConfig, OFTConfig, PeftConfig, ShiraConfig
+
+from snell_diffusion.errors import SnellaConfigError, shown
+from snell_diffusion.tuners.registry import METHODS
+from snell_diffusion.tuners.roles import endings, role_of
+
+__all__ = ["RECIPES", "Recipe", "list_methods", "recipe"]
+
+SHARED = {"rank": "r", "update_scale": "scale", "dropout": "dropout"}
+"""Settings of every method by the field of our configs they set."""
+_LORA_RANK = 16
+# What PEFT's base class has for its own bookkeeping, and what a run sets otherwise.
+_NOT_SETTINGS = {field.name for field in dataclasses.fields(PeftConfig)} | {
+    *("target_modules", "exclude_modules", "modules_to_save", "seed"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method as a trainer asks for it.
+
+    Attributes:
+        name: In lower case, as in `--method`.
+        summary: One line.
+        ours: Whether adapter files of this package hold it.
+        kind: Its PEFT config class; None trains the whole model.
+        shared: Settings that every method shares, by the field they set; those it has.
+        own: Further fields of its config that may be set.
+        make: Field values, targets, seed, steps and domain to a config.
+    """
+
+    name: str
+    summary: str
+    ours: bool
+    kind: type[PeftConfig] | None
+    shared: Mapping[str, str]
+    own: tuple[str, ...]
+    make: Callable[[dict[str, Any], list[str], int, int | None, str], PeftConfig | None]
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether the base's own weights are trained, all of them."""
+        return self.kind is None
+
+    @property
+    def settings(self) -> list[str]:
+        """What `config` takes: shared settings, then fields of the method's own config."""
+        return [*self.shared, *self.own]
+
+    def config(
+        self,
+        settings: Mapping[str, Any],
+        targets: Sequence[str],
+        seed: int,
+        domain: str = "diffusion",
+        *,
+        chosen: bool = False,
+        steps: int | None = None,
+    ) -> PeftConfig | None:
+        """The PEFT config; None for a method that trains the whole model.
+
+        Args:
+            settings: See `settings`; None values count as not given.
+            targets: Names or name endings of the layers a family adapts.
+            seed: Of the fresh adapter.
+            domain: "diffusion" or "vision", for methods with a setting of their own for each.
+            chosen: Whether the user named the targets, so that they stay as they are; else a method
+                that its paper puts in certain layers takes those of them.
+            steps: Optimizer steps of the run, for methods with a schedule (AdaLoRA).
+
+        Raises:
+            SnellaConfigError: The method has no such setting, or refuses its value.
+        """
+        given = {name: value for name, value in settings.items() if value is not None}
+        unknown = sorted(given.keys() - set(self.settings))
+        if unknown:
+            raise SnellaConfigError(
+                f"method {self.name} has no {', '.join(unknown)}; it takes "
+                f"{', '.join(self.settings) or 'no settings'}"
+            )
+        values = {self.shared.get(name, name): value for name, value in given.items()}
+        try:
+            return self.make(values, self._places(targets, chosen), seed, steps, domain)
+        except (TypeError, ValueError) as error:
+            raise SnellaConfigError(f"method {self.name}: {error}") from error
+
+    def _places(self, targets: Sequence[str], chosen: bool) -> list[str]:
+        roles = getattr(self.kind, "default_roles", None)
+        if chosen or roles is None:
+            return list(targets)
+        return [name for name in targets if role_of(name) in roles] or endings(roles)
+
+
+def _ours(method: Any) -> Recipe:
+    kind = method.config
+
+    def make(
+        values: dict[str, Any], targets: list[str], seed: int, steps: int | None, domain: str
+    ) -> PeftConfig:
+        # A preset of the method itself, not one that it inherits with its fields.
+        start = kind if domain not in vars(kind) else getattr(kind, domain)
+        config: PeftConfig = start(target_modules=targets, seed=seed, **values)
+        return config
+
+    taken = {*_NOT_SETTINGS, *SHARED.values(), *kind.fixed}
+    own = tuple(item.name for item in dataclasses.fields(kind) if item.name not in taken)
+    return Recipe(method.name.lower(), method.summary, True, kind, SHARED, own, make)
+
+
+def _peft(
+    name: str,
+    summary: str,
+    kind: type[PeftConfig],
+    shared: Mapping[str, str],
+    *own: str,
+    **fixed: Any,
+) -> Recipe:
+    known = {item.name for item in dataclasses.fields(kind)}
+
+    def make(
+        values: dict[str, Any], targets: list[str], seed: int, steps: int | None, domain: str
+    ) -> PeftConfig:
+        values = {**fixed, **values}
+        if "random_seed" in known:
+            values["random_seed"] = seed
+        if "lora_alpha" in known and kind is LoraConfig:
+            rank = values.setdefault("r", _LORA_RANK)
+            values["lora_alpha"] = rank * values.pop("scale", 1.0)
+        if kind is AdaLoraConfig:
+            values = {**_adalora(values, steps), **values}
+        return kind(target_modules=targets, **values)
+
+    return Recipe(name, summary, False, kind, shared, own, make)
+
+
+def _adalora(values: Mapping[str, Any], steps: int | None) -> dict[str, Any]:
+    """The budget's schedule, in the proportions of the paper's experiments (arXiv:2303.10512)."""
+    if not steps:
+        raise ValueError("the number of optimizer steps must be known, for its budget's schedule")
+    target = values.get("target_r", _LORA_RANK // 2)
+    return {
+        "init_r": round(1.5 * target),
+        "target_r": target,
+        "lora_alpha": round(1.5 * target),
+        "tinit": steps // 10,
+        "tfinal": steps // 3,
+        "deltaT": max(1, steps // 100),
+        "total_step": steps,
+    }
+
+
+_LORA_SHARED = {"rank": "r", "update_scale": "scale", "dropout": "lora_dropout"}
+_LORA_OWN = ("use_rslora", "init_lora_weights")
+_FOREIGN = (
+    _peft(
+        *("lora", "PEFT's LoRA: a product of two low-rank factors", LoraConfig, _LORA_SHARED),
+        *_LORA_OWN,
+        init_lora_weights="gaussian",
+    ),
+    _peft(
+        *("dora", "PEFT's DoRA: LoRA of directions, and magnitudes", LoraConfig, _LORA_SHARED),
+        *_LORA_OWN,
+        init_lora_weights="gaussian",
+        use_dora=True,
+    ),
+    _peft(
+        *("adalora", "PEFT's AdaLoRA: ranks compete for a budget", AdaLoraConfig),
+        {"rank": "target_r", "dropout": "lora_dropout"},
+        *("init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"),
+    ),
+    _peft(
+        *("oft", "PEFT's OFT: block-diagonal rotations of the inputs", OFTConfig),
+        {"rank": "r", "dropout": "module_dropout"},
+        *("oft_block_size", "coft", "eps", "block_share"),
+        r=8,
+        oft_block_size=0,
+    ),
+    _peft(
+        *("hra", "PEFT's HRA: a chain of Householder reflections", HRAConfig, {"rank": "r"}),
+        "apply_GS",
+    ),
+    _peft("shira", "PEFT's SHiRA: random single entries", ShiraConfig, {"rank": "r"}),
+)
+_FULL = Recipe(
+    name="full",
+    summary="every weight of the model, no adapter",
+    ours=False,
+    kind=None,
+    shared={},
+    own=(),
+    make=lambda values, targets, seed, steps, domain: None,
+)
+
+
+class _Recipes(Mapping[str, Recipe]):
+    """Built at the first look: the folder's methods are found after this file is imported."""
+
+    @cached_property
+    def _all(self) -> dict[str, Recipe]:
+        found = [_ours(method) for method in METHODS.values()]
+        return {recipe.name: recipe for recipe in (*found, *_FOREIGN, _FULL)}
+
+    def __getitem__(self, name: str) -> Recipe:
+        return self._all[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+
+RECIPES: Mapping[str, Recipe] = _Recipes()
+"""Methods by name: those of this folder first, in alphabetical order of their files."""
+
+
+def recipe(name: str) -> Recipe:
+    """The method of a name.
+
+    Raises:
+        SnellaConfigError: There is none; lists them.
+    """
+    if name not in RECIPES:
+        raise SnellaConfigError(f"method {name!r} is unknown; known: {shown(RECIPES, 40)}")
+    return RECIPES[name]
+
+
+def list_methods() -> str:
+    """A table for people: names, what the methods do, and the settings they take."""
+    width = max(map(len, RECIPES))
+    lines = []
+    for found in RECIPES.values():
+        lines.append(f"{found.name:<{width}}  {found.summary}")
+        if found.settings:
+            lines.append(f"{'':<{width}}    {', '.join(found.settings)}")
+    return "\n".join(lines)
