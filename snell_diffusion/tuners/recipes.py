@@ -118,7 +118,8 @@ def _ours(method: Any) -> Recipe:
 
     taken = {*_NOT_SETTINGS, *SHARED.values(), *kind.fixed}
     own = tuple(item.name for item in dataclasses.fields(kind) if item.name not in taken)
-    return Recipe(method.name.lower(), method.summary, True, kind, SHARED, own, make)
+    shared = {name: field for name, field in SHARED.items() if field not in kind.fixed}
+    return Recipe(method.name.lower(), method.summary, True, kind, shared, own, make)
 
 
 def _peft(

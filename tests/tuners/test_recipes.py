@@ -32,7 +32,8 @@ def test_the_list_has_a_line_and_the_settings_of_every_method():
 def test_every_method_wraps_layers_of_a_unet(name):
     model = sd15_unet()
     rank = {"oft": 8}.get(name, 4)
-    config = recipe(name).config({"rank": rank}, ["to_q", "to_k", "to_v"], 0, steps=50)
+    settings = {"rank": rank} if "rank" in recipe(name).settings else {}
+    config = recipe(name).config(settings, ["to_q", "to_k", "to_v"], 0, steps=50)
     model.requires_grad_(False)
     inject_adapter_in_model(config, model, "default")
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
