@@ -147,11 +147,11 @@ def test_fgvc_classes_are_ranked(tmp_path: Path) -> None:
 
 def test_fgvc_as_published_trains_on_train_and_chooses_on_test(tmp_path: Path) -> None:
     disk.fgvc(tmp_path / "CUB_200_2011", "images", 200)
-    task = load_task(fgvc_data(tmp_path, protocol="paper"), seed=0)
+    task = load_task(fgvc_data(tmp_path), seed=0, select_on="test")
     assert task.selects_on_test
     assert task.validation is task.test
     assert task.train.keys[0].startswith("train/")
-    assert "chosen on the test split" in " ".join(task.summary())
+    assert "choices are made on the test split" in " ".join(task.summary())
 
 
 def test_fgvc_says_what_is_missing(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_vtab_as_published_trains_on_both_and_chooses_on_test(tmp_path: Path) ->
     disk.vtab_task(tmp_path, "eurosat")
     for name in ("train800.txt", "val200.txt"):
         (tmp_path / "eurosat" / name).unlink()  # it reads the list of both
-    task = load_task(vtab_data(tmp_path, protocol="paper"), seed=0)
+    task = load_task(vtab_data(tmp_path), seed=0, select_on="test")
     assert len(task.train) == 10
     assert task.validation is task.test
     assert task.selects_on_test
@@ -343,10 +343,16 @@ def test_settings_that_make_no_sense_are_refused(settings: dict, message: str) -
         Data(**settings)
 
 
-def test_protocol_paper_is_for_the_published_tasks() -> None:
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    with pytest.raises(SnellaConfigError, match="published for fgvc and vtab alone"):
-        load_task(Data(dataset="digits", protocol="paper"), seed=0)
+def test_choosing_on_test_is_for_the_published_tasks() -> None:
+    with pytest.raises(SnellaConfigError, match="follows the published scripts of fgvc and vtab"):
+        load_task(Data(dataset="digits"), seed=0, select_on="test")
+
+
+def test_the_published_settings_alone_do_not_choose_on_test(tmp_path: Path) -> None:
+    disk.vtab_task(tmp_path, "eurosat")
+    task = load_task(vtab_data(tmp_path, protocol="paper"), seed=0)
+    assert not task.selects_on_test
+    assert len(task.train) == 6
 
 
 def test_labels_are_int64(tmp_path: Path) -> None:

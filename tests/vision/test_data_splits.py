@@ -64,11 +64,9 @@ def test_shots_leave_validation_and_test_alone(tmp_path: Path) -> None:
 
 def test_validation_shots_need_a_validation_split(tmp_path: Path) -> None:
     disk.vtab_task(tmp_path, "eurosat")
-    config = Data(
-        dataset="vtab", data_dir=str(tmp_path), task="eurosat", protocol="paper", validation_shots=1
-    )
+    config = Data(dataset="vtab", data_dir=str(tmp_path), task="eurosat", validation_shots=1)
     with pytest.raises(SnellaConfigError, match="validation_shots has no effect"):
-        load_task(config, seed=0)
+        load_task(config, seed=0, select_on="test")
 
 
 @given(

@@ -5,7 +5,7 @@ contiguous and are ranked, as the published loader ranks them (github.com/KMnP/v
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from snell_diffusion.errors import SnellaConfigError, shown
@@ -74,8 +74,12 @@ TASKS = {
 }
 
 
-def read(config: Data) -> Task:
+def read(config: Data, select_on_test: bool) -> Task:
     """Read one of the five tasks.
+
+    Args:
+        config: The run.
+        select_on_test: Let the test split be the one that is chosen on, as published.
 
     Raises:
         SnellaConfigError: Unknown task, missing folder or list, bad lines, missing or bad images.
@@ -110,22 +114,10 @@ def read(config: Data) -> Task:
     }
     train, validation, test = file_splits(source, root, lists, config.check_images)
     task = Task(f"fgvc {name}", tuple(map(str, numbers)), train, validation, test)
-    if config.protocol == "paper":
-        return _as_published(task)
-    return task
-
-
-def _as_published(task: Task) -> Task:
-    """Train on train.json, choose on test.json: what the published scripts do."""
-    return Task(
-        task.name,
-        task.classes,
-        task.train,
-        task.test,
-        task.test,
-        selects_on_test=True,
-        notes=("protocol paper: epochs are chosen on the test split, as published",),
-    )
+    if not select_on_test:
+        return task
+    note = "warning: choices are made on the test split, as published"
+    return replace(task, validation=task.test, selects_on_test=True, notes=(note,))
 
 
 def _folder(data_dir: Path, about: Collection) -> Path:

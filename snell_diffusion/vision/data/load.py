@@ -17,40 +17,43 @@ from snell_diffusion.vision.data.splits import (
 
 LAYOUTS: Mapping[str, Callable[[Data], Task]] = {
     "image_folder": image_folder.read,
-    "fgvc": fgvc.read,
-    "vtab": vtab.read,
     "digits": sklearn_digits.read,
     "skimage": skimage_tiles.read,
 }
+PUBLISHED: Mapping[str, Callable[[Data, bool], Task]] = {"fgvc": fgvc.read, "vtab": vtab.read}
+"""Layouts whose published scripts choose on the test split."""
 
 
-def load_task(config: Data, seed: int) -> Task:
+def load_task(config: Data, seed: int, select_on: str = "validation") -> Task:
     """Read and check a data set, and choose the few-shot images.
 
     Args:
         config: Which data set, and what is taken of it.
         seed: Seed of the run; it chooses the few-shot images, and nothing else here. Validation and
             test are the same for every seed, except for `validation_shots`.
+        select_on: "validation", or "test" to follow the published scripts: the split that choices
+            are made on is then the test split itself, and vtab trains on train and validation.
 
     Raises:
         SnellaConfigError: Something is missing, damaged or contradicts itself; says what is
             expected and how to get it.
     """
-    task = LAYOUTS[config.dataset](config)
-    if config.protocol == "paper" and not task.selects_on_test:
+    if config.dataset in PUBLISHED:
+        task = PUBLISHED[config.dataset](config, select_on == "test")
+    elif select_on == "test":
         raise SnellaConfigError(
-            f"protocol paper is published for fgvc and vtab alone; dataset {config.dataset} takes "
-            "protocol validation"
+            f"select_on test follows the published scripts of fgvc and vtab; dataset "
+            f"{config.dataset} has none, so choose on validation"
         )
+    else:
+        task = LAYOUTS[config.dataset](config)
     task = _checked(task)
     if config.shots is not None:
         train = few_shot(task.train, task.classes, config.shots, seed)
         task = replace(task, name=f"{task.name}, {config.shots} per class", train=train)
     if config.validation_shots is not None:
         if task.selects_on_test:
-            raise SnellaConfigError(
-                "validation_shots has no effect with protocol paper, which chooses on test"
-            )
+            raise SnellaConfigError("validation_shots has no effect with select_on test")
         count = config.validation_shots
         task = replace(task, validation=few_shot(task.validation, task.classes, count, seed))
     return task

@@ -40,8 +40,8 @@ class Data:
     )
     protocol: Literal["validation", "paper"] = _help(
         "validation",
-        "validation: choose on the validation split, look at test once. paper: the published order "
-        "of operations, which chooses on test, and trains on train and validation for vtab.",
+        "Whose defaults the other settings take: validation = ours, paper = those of the published "
+        "scripts, in their order of operations. Both choose on validation images; see select_on.",
     )
     shots: Count | None = _help(
         None, "Training images per class, at least 1, chosen by seed. Default: all."
