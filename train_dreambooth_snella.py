@@ -5,6 +5,8 @@
     accelerate launch train_dreambooth_snella.py --base embedded --resolution 64 \\
         --instance_data_dir photos --instance_prompt "a photo of a sks cat" --output_dir runs/cat
 
+    python train_dreambooth_snella.py --list-methods
+
 Exit codes: 0 finished, 2 bad input (nothing was replaced), 3 the loss became NaN or infinite (the
 last good state is kept), 4 the processes of the run disagree, 5 the run is complete but could not
 be uploaded (--push_to_hub), 130 or 143 stopped by SIGINT or SIGTERM (the state is saved; continue
@@ -19,10 +21,14 @@ from snell_diffusion.diffusion.config_files import parse_config
 from snell_diffusion.diffusion.training import run
 from snell_diffusion.errors import SnellaError
 from snell_diffusion.training.errors import TrainingError
+from snell_diffusion.tuners.recipes import list_methods
 
 
 def main(arguments: Sequence[str]) -> int:
     """Train with the given command line; return the exit code."""
+    if "--list-methods" in arguments:
+        print(list_methods())
+        return 0
     try:
         result = run(parse_config(arguments))
     except TrainingError as error:

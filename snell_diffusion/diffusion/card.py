@@ -11,6 +11,7 @@ from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.config_files import config_values
 from snell_diffusion.diffusion.licence import Licence
 from snell_diffusion.diffusion.results import RunResult
+from snell_diffusion.diffusion.run_folder import kind_of
 from snell_diffusion.models import SHIPPED_BASES
 from snell_diffusion.training.files import write_text
 
@@ -19,7 +20,7 @@ _CAPTIONS = {
     "loss.png": "Loss over the steps.",
     "allocation.png": "Share of the update's entries that each layer keeps, through the network.",
 }
-_METHODS = {"snella": "SNELLA", "lora": "LoRA"}
+_NAMES = {"lora": "LoRA", "dora": "DoRA", "shira": "SHiRA", "adalora": "AdaLoRA"}
 _PATHS = ("instance_data_dir", "class_data_dir", "validation_data_dir", "output_dir", "cache_dir")
 # Where a run was and how it was watched: of no use to a reader of the card.
 _LEFT_OUT = {"resume_from_checkpoint", "overwrite", "dry_run", "push_to_hub", "report_to"}
@@ -84,7 +85,7 @@ def write_card(
     text = _CARD.format(
         metadata=_metadata(config, pictures, facts),
         base=_base_name(config),
-        name=_METHODS[config.method],
+        name=_NAMES.get(config.method, config.method.upper()),
         prompt=prompt,
         prompts=" and ".join(f"`{concept.instance_prompt}`" for concept in config.subjects),
         quoted=repr(prompt),
@@ -149,14 +150,19 @@ def _usage(config: TrainConfig, facts: Facts) -> str:
     source = source if base in SHIPPED_BASES else repr(_base_name(config))
     source = ", ".join([source, *(f"{name}=None" for name in facts.absent)])
     where = facts.repository or config.output_dir
-    verb = "load_snella_weights" if config.method == "snella" else "load_lora_weights"
-    ours = config.method == "snella" or base in SHIPPED_BASES
+    kind = kind_of(config.method)
+    ours = kind != "lora" or base in SHIPPED_BASES
+    load = {
+        "ours": f'pipe.load_snella_weights("{where}")',
+        "lora": f'pipe.load_lora_weights("{where}")',
+    }.get(kind, f'attach(pipe, "{where}")')
     lines = [
         *(["import snell_diffusion"] if ours else []),
         f"from diffusers import {facts.pipeline}",
+        *(["from snell_diffusion.diffusion.restore import attach"] if "attach" in load else []),
         "",
         f"pipe = {facts.pipeline}.from_pretrained({source})",
-        f'pipe.{verb}("{where}")',
+        load,
     ]
     return "\n".join(lines)
 

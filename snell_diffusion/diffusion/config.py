@@ -24,24 +24,22 @@ from snell_diffusion.diffusion.config_groups import (
     Run,
 )
 from snell_diffusion.diffusion.config_types import FROZEN
+from snell_diffusion.training.config_types import named_pairs, pairs
 
 
 @dataclass(**FROZEN)
 class TrainConfig(Run, Feedback, Optimization, Method, Prior, Data, BaseModel):
     """All settings of one run as one flat, frozen, validated record."""
 
-    @field_validator("optimizer_args", "new_tokens", mode="before")
+    @field_validator("optimizer_args", "method_args", "new_tokens", mode="before")
     @classmethod
     def _pairs(cls, value: Any) -> Any:
-        return [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else value
+        return pairs(value)
 
-    @field_validator("optimizer_args")
+    @field_validator("optimizer_args", "method_args")
     @classmethod
     def _named(cls, value: list[str]) -> list[str]:
-        for pair in value:
-            if not pair.partition("=")[0].isidentifier() or "=" not in pair:
-                raise ValueError(f"expected name=value, got '{pair}'")
-        return value
+        return named_pairs(value)
 
     @field_validator("new_tokens")
     @classmethod

@@ -18,6 +18,7 @@ from snell_diffusion.diffusion.config_types import (
     Decay,
     Finite,
     Heads,
+    MethodName,
     NotNegative,
     Positive,
     Prompt,
@@ -190,8 +191,15 @@ class Prior:
 class Method:
     """The adapter: which update, how large, how sparse. Unset fields: SnellaConfig.diffusion()."""
 
-    method: Literal["snella", "lora"] = _help(
-        "snella", "snella: kernelized sparse update. lora: PEFT's LoRA as it is, the yardstick."
+    method: MethodName = _help(
+        "snella",
+        "How the model learns: snella (kernelized sparse update), lora (PEFT's, the yardstick), or "
+        "any other that --list-methods lists with its settings.",
+    )
+    method_args: list[str] = _help(
+        [],
+        "Settings of the method as name=value, for example bits=1; those that have a key of their "
+        "own here may stand in either place.",
     )
     rank: Rank | None = _help(
         None, f"Columns of the factors A and B together, over all heads; 1 to {limits.MAX_RANK}."

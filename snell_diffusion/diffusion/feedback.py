@@ -130,13 +130,13 @@ class RunFeedback:
 
     def _refresh_kept_share(self) -> None:
         if self._state.competition is not None:
-            allocator = self._state.competition.allocator
-            kept, size = sum(allocator.keep().values()), sum(allocator.sizes.values())
-            self._kept_share = kept / size
+            self._kept_share = self._state.competition.kept_share()
 
     def _record_allocation(self, step: int) -> None:
         if self._state.competition is not None:
             layers = self._state.competition.report()
+            if not layers:
+                return
             self._tracker.event("allocation", step=step, layers=layers)
 
     def _validate(self, step: int) -> None:

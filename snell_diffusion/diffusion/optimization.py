@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from peft import AdaLoraConfig
 
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.setup import ADAPTER
@@ -17,6 +18,7 @@ from snell_diffusion.training.loop import LoopSettings, TrainState
 from snell_diffusion.training.optimizers import make_optimizer
 from snell_diffusion.training.parallel import Parallel, start
 from snell_diffusion.tuners import Competition, SnellaConfig, param_groups
+from snell_diffusion.tuners.rank_budget import RankBudget
 
 _LONGEST_WAIT = timedelta(hours=6)
 
@@ -70,8 +72,18 @@ def build_scheduler(
 
 def build_competition(config: TrainConfig, components: Components) -> Any:
     """The competition of the layers for kept entries; None for methods without sparsity levels."""
-    settings = next(iter(components.values())).peft_config[ADAPTER]  # type: ignore[union-attr,index]
+    model = next(iter(components.values()))
+    settings = getattr(model, "peft_config", {}).get(ADAPTER)
+    if isinstance(settings, AdaLoraConfig):
+        if config.mixed_precision == "fp16":
+            raise SnellaConfigError(
+                "method adalora adds its own gradients, which mixed_precision fp16 would not "
+                "scale: use bf16 or no"
+            )
+        return RankBudget(components, ADAPTER)
     if not isinstance(settings, SnellaConfig) or settings.sparsify == "none":
+        return None
+    if not settings.competes:
         return None
     try:
         return Competition(components, ADAPTER, settings, config.max_train_steps)

@@ -14,6 +14,8 @@ from snell_diffusion.adapters import save_adapter
 from snell_diffusion.adapters.export_tokens import write_embeds
 from snell_diffusion.adapters.tokens import TENSOR, describe_tokens
 from snell_diffusion.diffusion.config import TrainConfig
+from snell_diffusion.diffusion.restore import save_foreign
+from snell_diffusion.diffusion.run_folder import kind_of
 from snell_diffusion.diffusion.setup import ADAPTER, Sizes
 from snell_diffusion.training.files import temporary_name, write_with
 from snell_diffusion.tuners.tokens import Word
@@ -54,8 +56,12 @@ def save_result(
     config: TrainConfig, pipe: Any, components: dict[str, nn.Module], path: Path, step: int
 ) -> None:
     """Write the adapter file of the run, as it was after optimizer step `step`, atomically."""
-    if config.method == "lora":
-        _save_lora(components, path, type(pipe))
+    kind = kind_of(config.method)
+    if kind != "ours":
+        if kind == "lora":
+            _save_lora(components, path, type(pipe))
+        else:
+            save_foreign(config.method, components, path)
         _save_words(components, path.parent)
         return
     metadata = {

@@ -14,12 +14,19 @@ from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.checkpoints import Checkpoint, CheckpointFolder
 from snell_diffusion.training.errors import CheckpointError
 from snell_diffusion.training.files import cannot_write, process_alive, remove, sweep
+from snell_diffusion.tuners.recipes import recipe
 
 CLASS_IMAGES = "class_images"
+LORA_LIKE = ("lora", "dora")
+"""Methods whose adapters diffusers' own `load_lora_weights` reads."""
 ADAPTER_FILES = {
-    "snella": "pytorch_snella_weights.safetensors",
+    "ours": "pytorch_snella_weights.safetensors",
     "lora": "pytorch_lora_weights.safetensors",
+    "peft": "pytorch_peft_weights.safetensors",
+    "full": "pytorch_full_weights.safetensors",
 }
+"""What a run leaves: an adapter of ours, one that diffusers loads as a LoRA, another of PEFT's, or
+the whole trained models. `diffusion.restore` puts any of them into a pipeline."""
 FILES = (
     "config.yaml",
     "log.jsonl",
@@ -63,6 +70,16 @@ _NAMES = frozenset({"name", "instance_prompt"})
 PER_PROCESS = frozenset({"train_batch_size", "class_batch_size"})
 
 
+def kind_of(method: str) -> str:
+    """Which of ADAPTER_FILES a method's run leaves."""
+    found = recipe(method)
+    if found.ours:
+        return "ours"
+    if found.trains_base:
+        return "full"
+    return "lora" if method in LORA_LIKE else "peft"
+
+
 class RunFolder:
     """Files of a run below `output_dir`.
 
@@ -79,7 +96,7 @@ class RunFolder:
 
     @property
     def adapter_file(self) -> str:
-        return ADAPTER_FILES[self.config.method]
+        return ADAPTER_FILES[kind_of(self.config.method)]
 
     def class_images(self, concept: ConceptConfig) -> Path:
         """Where the class images of a concept are."""

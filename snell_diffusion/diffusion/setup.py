@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft import PeftConfig, inject_adapter_in_model
 from torch import nn
 
 from snell_diffusion.adapters.identity import config_hash
@@ -19,6 +19,7 @@ from snell_diffusion.diffusion.losses import Objective
 from snell_diffusion.diffusion.new_tokens import add_words, new_words
 from snell_diffusion.diffusion.phases import Phases, place
 from snell_diffusion.diffusion.quantization import entries, loading_options, plain_values
+from snell_diffusion.diffusion.run_folder import kind_of
 from snell_diffusion.diffusion.timesteps import TimestepSettings
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.models import SHIPPED_BASES, embedded_path
@@ -27,10 +28,11 @@ from snell_diffusion.training.adapter_tensors import (
     trainable_parameters,
     tuner_layers,
 )
+from snell_diffusion.training.config_types import named_values
 from snell_diffusion.training.parallel import Parallel
 from snell_diffusion.training.randomness import seed_torch
-from snell_diffusion.tuners import SnellaConfig
 from snell_diffusion.tuners.grouping import group_small_layers
+from snell_diffusion.tuners.recipes import recipe
 from snell_diffusion.tuners.tokens import TokenLayer, Word, spelled
 
 ADAPTER = "default"
@@ -38,29 +40,14 @@ ADAPTER = "default"
 _SMALLEST_SHARE, _LARGEST_SHARE = 0.7, 1.6
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_SNELLA_FIELDS = {
-    "rank": "r",
-    "heads": "heads",
-    "kernel": "kernel",
-    "sparsify": "sparsify",
-    "init_sparsity": "init_sparsity",
-    "target_sparsity": "target_sparsity",
-    "init": "init",
-    "init_scale": "init_scale",
-    "update_scale": "scale",
-    "dropout": "dropout",
-    "train_alpha": "train_alpha",
-    "train_gamma": "train_gamma",
-    "train_beta": "train_beta",
-    "alloc_init_warmup": "alloc_init_warmup",
-    "alloc_final_warmup": "alloc_final_warmup",
-    "alloc_interval": "alloc_interval",
-    "alloc_beta1": "alloc_beta1",
-    "alloc_beta2": "alloc_beta2",
-    "alloc_metric": "alloc_metric",
-}
-_LORA_FIELDS = ("rank", "update_scale", "dropout")
-_LORA_RANK = 16
+# Settings of the method that have a key of their own in a run's config.
+_SETTINGS = (
+    *("rank", "update_scale", "dropout", "heads", "kernel", "sparsify"),
+    *("init_sparsity", "target_sparsity", "init", "init_scale"),
+    *("train_alpha", "train_gamma", "train_beta"),
+    *("alloc_init_warmup", "alloc_final_warmup", "alloc_interval"),
+    *("alloc_beta1", "alloc_beta2", "alloc_metric"),
+)
 
 
 def base_path(config: TrainConfig) -> str:
@@ -135,20 +122,36 @@ def base_digest(family: Family, pipe: Any) -> str:
     return found.hexdigest()
 
 
-def method_config(config: TrainConfig, family: Family, *, text: bool = False) -> PeftConfig:
+def method_config(config: TrainConfig, family: Family, *, text: bool = False) -> PeftConfig | None:
     """The PEFT config of `--method` for the denoiser, or for a text encoder (`text`).
 
+    None for a method that trains the whole model.
+
     Raises:
-        SnellaConfigError: A setting does not exist for the method.
+        SnellaConfigError: A setting does not exist for the method, or stands in two places.
     """
     targets = list(family.text_targets if text else config.target_modules or family.targets)
     if config.target_conv and not text:
         targets += _conv_targets(family)
-    given = {name: getattr(config, name) for name in _SNELLA_FIELDS}
+    given = {name: getattr(config, name) for name in _SETTINGS}
     given = {name: value for name, value in given.items() if value is not None}
+    more = named_values(config.method_args)
+    twice = sorted(given.keys() & more.keys())
+    if twice:
+        raise SnellaConfigError(
+            f"method_args: {', '.join(twice)} stands both there and as a setting of its own: "
+            "leave one out"
+        )
     if text and config.text_encoder_rank is not None:
         given["rank"] = config.text_encoder_rank
-    return _METHODS[config.method](given, targets, config.seed)
+    return recipe(config.method).config(
+        {**given, **more},
+        targets,
+        config.seed,
+        "diffusion",
+        chosen=bool(config.target_modules) and not text,
+        steps=config.max_train_steps,
+    )
 
 
 def _conv_targets(family: Family) -> tuple[str, ...]:
@@ -158,33 +161,6 @@ def _conv_targets(family: Family) -> tuple[str, ...]:
             f"name them in target_modules"
         )
     return family.conv_targets
-
-
-def _snella(given: dict[str, Any], targets: list[str], seed: int) -> PeftConfig:
-    values = {_SNELLA_FIELDS[name]: value for name, value in given.items()}
-    try:
-        return SnellaConfig.diffusion(target_modules=targets, seed=seed, **values)
-    except ValueError as error:
-        raise SnellaConfigError(f"method snella: {error}") from error
-
-
-def _lora(given: dict[str, Any], targets: list[str], seed: int) -> PeftConfig:
-    unknown = sorted(set(given) - set(_LORA_FIELDS))
-    if unknown:
-        raise SnellaConfigError(
-            f"method lora has no {', '.join(unknown)}; it takes {', '.join(_LORA_FIELDS)}"
-        )
-    rank = given.get("rank", _LORA_RANK)
-    return LoraConfig(
-        r=rank,
-        lora_alpha=rank * given.get("update_scale", 1.0),
-        lora_dropout=given.get("dropout", 0.0),
-        init_lora_weights="gaussian",
-        target_modules=targets,
-    )
-
-
-_METHODS = {"snella": _snella, "lora": _lora}
 
 
 # What turns on recomputing activations: in diffusers, in transformers, and there before its rename.
@@ -313,7 +289,7 @@ def add_adapters(config: TrainConfig, family: Family, pipe: Any) -> dict[str, nn
     if config.train_text_encoder:
         text = method_config(config, family, text=True)
         plan += [(name, text) for name in family.text_encoders if getattr(pipe, name) is not None]
-    if config.method == "lora":
+    if kind_of(config.method) == "lora":
         _require_lora_places(pipe, [name for name, _ in plan])
     components: dict[str, nn.Module] = {}
     for index, (name, settings) in enumerate(plan):
@@ -341,8 +317,10 @@ def _require_lora_places(pipe: Any, names: Sequence[str]) -> None:
         )
 
 
-def _adapt(model: nn.Module, settings: PeftConfig) -> None:
-    if hasattr(model, "add_adapter"):
+def _adapt(model: nn.Module, settings: PeftConfig | None) -> None:
+    if settings is None:
+        model.requires_grad_(True)
+    elif hasattr(model, "add_adapter"):
         model.add_adapter(settings, adapter_name=ADAPTER)  # type: ignore[operator]
     else:  # PixArt's transformer is one of the few without it
         inject_adapter_in_model(settings, model, ADAPTER)

@@ -1,4 +1,5 @@
-"""The tensors a run changes: every adapter parameter and buffer of the wrapped layers, by name."""
+"""The tensors a run changes, by name: every adapter parameter and buffer of the wrapped layers, and
+what else is trained, which is all of a model without adapters."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,13 +22,17 @@ def tuner_layers(components: Components) -> Iterator[tuple[str, BaseTunerLayer]]
 
 
 def adapter_tensors(components: Components) -> dict[str, Tensor]:
-    """Live adapter tensors by name: parameters and buffers (levels, thresholds), no base weight."""
-    return {
+    """Live tensors of a run by name: parameters and buffers (levels, thresholds) of adapters, and
+    trained parameters outside of them; no frozen weight of the base."""
+    found = {
         f"{name}.{key}": tensor
         for name, layer in tuner_layers(components)
         for key, tensor in layer.state_dict(keep_vars=True).items()
         if not key.startswith("base_layer.")
     }
+    known = {id(tensor) for tensor in found.values()}
+    others = trainable_parameters(components).items()
+    return found | {name: tensor for name, tensor in others if id(tensor) not in known}
 
 
 def trainable_parameters(components: Components) -> dict[str, nn.Parameter]:

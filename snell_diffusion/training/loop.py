@@ -55,6 +55,12 @@ class Competes(Protocol):
     def digest(self) -> str:
         """SHA-256 in hex of the levels now."""
 
+    def kept_share(self) -> float | None:
+        """Share of all entries that the layers may keep together now; None without levels."""
+
+    def report(self) -> list[dict[str, Any]]:
+        """One row per layer for logs and pictures; none without levels."""
+
     def state_dict(self) -> dict[str, Any]:
         """Statistics by name: plain numbers, strings and tensors."""
 

@@ -1,6 +1,5 @@
 """Any torch-style optimizer by name or import path, and its state without pickle."""
 
-import ast
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from snell_diffusion.errors import SnellaConfigError
+from snell_diffusion.training.config_types import named_values
 from snell_diffusion.training.errors import CheckpointError
 
 # The optional dependencies that hold optimizers, by their import name.
@@ -67,9 +67,7 @@ def make_optimizer(
     cls = optimizer_class(name)
     known = inspect.signature(cls).parameters
     options = {key: value for key, value in defaults.items() if key in known}
-    for pair in arguments:
-        key, _, text = pair.partition("=")
-        options[key] = _literal(text)
+    options |= named_values(arguments)
     try:
         optimizer = cls(list(groups), **options)  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
@@ -100,13 +98,6 @@ def require_one_rate(optimizer: torch.optim.Optimizer) -> None:
             f"but the groups have {', '.join(map(str, sorted(rates)))}: leave out "
             f"scalar_learning_rate and text_encoder_lr, and set learning_rate 1.0"
         )
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

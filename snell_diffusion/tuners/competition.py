@@ -103,6 +103,11 @@ class Competition:
             self.layers[name].set_sparsity(self.adapter, level)
         return True
 
+    def kept_share(self) -> float:
+        """Share of all entries of all layers that they may keep together now."""
+        kept, sizes = self.allocator.keep(), self.allocator.sizes
+        return sum(kept.values()) / sum(sizes.values())
+
     def report(self) -> list[dict[str, Any]]:
         """One row per layer in model order, for logs and pictures.
 
