@@ -1,9 +1,10 @@
-"""`python -m snell_diffusion.evaluation compare | report`: see `--help`."""
+"""Measure methods against each other: `python -m snell_diffusion.evaluation COMMAND --help`."""
 
 import argparse
-import json
-from dataclasses import asdict
+import sys
 from pathlib import Path
+
+from snell_diffusion.errors import SnellaError
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -17,36 +18,52 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m snell_diffusion.evaluation", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
-    compare = commands.add_parser("compare", help="train every variant of a comparison and measure")
-    compare.add_argument("--photos", type=Path, required=True, help="one folder per subject in it")
-    compare.add_argument(
-        "--shard", type=_shard, default=(0, 1), help="I/N: run every N-th run, from the I-th"
-    )
-    report = commands.add_parser("report", help="table and pictures of the finished runs")
-    for command in (compare, report):
-        command.add_argument("--config", type=Path, required=True, help="comparison YAML")
-        command.add_argument("--output", type=Path, required=True, help="folder of the comparison")
+    _personalization(commands)
     return top
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run one sub-command."""
-    args = parser().parse_args(argv)
-    from .comparison import Comparison, Runner, read_records
-    from .report import plot_curves, plot_tradeoff, summarize, table
+def _personalization(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser(
+        "personalization", help="the DreamBooth protocol: train every method, then measure it"
+    )
+    command.add_argument("--config", type=Path, required=True, help="plan: YAML")
+    command.add_argument("--photos", type=Path, required=True, help="one folder per subject in it")
+    command.add_argument("--output", type=Path, required=True, help="folder for records and runs")
+    command.add_argument(
+        "--shard", type=_shard, default=(0, 1), help="I/N: run every N-th run, from the I-th"
+    )
+    command.add_argument(
+        "--redo", action="store_true", help="run again what was measured with other settings"
+    )
+    command.add_argument("--clip", help="CLIP model, hub id or folder: measures CLIP-I and CLIP-T")
+    command.add_argument("--dino", help="DINO model, hub id or folder: measures DINO")
+    command.add_argument(
+        "--prompts", type=Path, help="prompts_and_classes.txt of the DreamBooth data set"
+    )
+    command.set_defaults(main=run_personalization)
 
-    plan = Comparison.read(args.config)
-    if args.command == "compare":
-        Runner(plan, args.photos, args.output).run_all(args.shard)
-        return
-    records = [r for r in read_records(args.output) if r.variant in plan.variants]
-    rows = summarize(records, plan.reference)
-    (args.output / "table.md").write_text(table(rows) + "\n")
-    (args.output / "records.json").write_text(json.dumps([asdict(r) for r in records]))
-    plot_tradeoff(rows, args.output / "tradeoff.png")
-    plot_curves(records, [row.variant for row in rows], args.output / "curves.png")
-    print(table(rows))
+
+def run_personalization(args: argparse.Namespace) -> None:
+    """Train and measure all runs of a plan."""
+    from snell_diffusion.evaluation.personalization import Options, Runner
+    from snell_diffusion.evaluation.plan import Plan
+    from snell_diffusion.evaluation.prompts import PROMPTS, read_prompts
+
+    prompts = read_prompts(args.prompts) if args.prompts else PROMPTS
+    options = Options(args.redo, prompts, args.clip, args.dino)
+    Runner(Plan.read(args.config), args.photos, args.output, options).run_all(args.shard)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one sub-command; returns its exit code."""
+    args = parser().parse_args(argv)
+    try:
+        args.main(args)
+    except SnellaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(getattr(error, "exit_code", 2))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

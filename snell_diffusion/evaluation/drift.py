@@ -3,19 +3,18 @@
     drift = mean ||f_adapted(x_t, t, c) - f_base(x_t, t, c)||^2 / mean ||f_base(x_t, t, c)||^2
 
 over fixed prompts c, fixed pictures of the base for those prompts, fixed timesteps and fixed noise.
-0 means that the base is untouched there. Shapes: P prompts, T timesteps, C latent channels, h x w
-latents.
+0 means that the base is untouched there. Shapes: P prompts, T timesteps, latents [C, h, w].
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..diffusion.validation import fixed_timesteps
+from snell_diffusion.diffusion.families import Conditions
+from snell_diffusion.diffusion.validation import fixed_timesteps
+from snell_diffusion.evaluation.base import Base
+from snell_diffusion.training.randomness import generator, normal
 
 PROMPTS = (
     "a photo of a {}",
@@ -30,6 +29,8 @@ PROMPTS = (
 OTHERS = ("a photo of a {}", "a {} on the beach")
 """Prompts for classes other than the subject's: the leak to neighbours counts too."""
 
+_BATCH = 32
+
 
 def class_prompts(class_word: str, other_classes: tuple[str, ...] = ()) -> list[str]:
     """Prompts of one subject's class, then of `other_classes`."""
@@ -37,74 +38,59 @@ def class_prompts(class_word: str, other_classes: tuple[str, ...] = ()) -> list[
     return own + [prompt.format(other) for other in other_classes for prompt in OTHERS]
 
 
-@contextmanager
-def quiet(pipe: Any) -> Iterator[None]:
-    """Hide the pipeline's own progress bar."""
-    before = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**{"disable": False, **before})
-
-
 @dataclass(frozen=True)
 class DriftProbe:
     """Fixed inputs of the denoiser and what the base answers to them.
 
     Attributes:
-        inputs: noisy latents, (P*T, C, h, w).
-        timesteps: training timesteps, (P*T,), 0 to 999.
-        embeddings: text states of the base's encoder, (P*T, L, D).
-        answers: the base's predictions, (P*T, C, h, w).
+        inputs: noisy latents, [P*T, C, h, w].
+        timesteps: training timesteps, [P*T].
+        conditions: encoded prompts of the base's own encoders, P*T rows.
+        answers: the base's predictions, [P*T, C, h, w].
     """
 
     inputs: Tensor
     timesteps: Tensor
-    embeddings: Tensor
+    conditions: Conditions
     answers: Tensor
 
     @classmethod
-    @torch.no_grad()
     def of(
-        cls, pipe: Any, prompts: list[str], timesteps: int = 6, steps: int = 20, seed: int = 0
+        cls, base: Base, prompts: list[str], timesteps: int = 6, steps: int = 20, seed: int = 0
     ) -> "DriftProbe":
         """Fix the probe on the bare base.
 
         Args:
-            pipe: Stable-Diffusion-type pipeline without adapters.
+            base: Without adapters.
             prompts: prompts c, at least one.
             timesteps: how many timesteps T, spread evenly over the noise schedule.
             steps: denoising steps of the pictures the noise is added to.
             seed: of pictures and noise.
         """
-        with quiet(pipe):
-            x0 = pipe(
-                prompts,
-                num_inference_steps=steps,
-                guidance_scale=1.0,
-                output_type="latent",
-                generator=[torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
-            ).images
-        scheduler = pipe.scheduler
-        total = scheduler.config.num_train_timesteps
-        t = torch.tensor(fixed_timesteps(timesteps, total))
-        t, x0 = t.repeat(len(prompts)), x0.repeat_interleave(timesteps, 0)
-        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
-        states = pipe.encode_prompt(prompts, x0.device, 1, False)[0]
-        states = states.repeat_interleave(timesteps, 0)
-        x_t = scheduler.add_noise(x0, noise, t.to(x0.device))
-        answers = predict(pipe.unet, x_t, t, states)
-        return cls(x_t, t, states, answers)
+        starts = [generator(seed, "drift picture", i) for i in range(len(prompts))]
+        x0 = base.latents(prompts, starts, steps=steps, guidance=1.0)
+        fixed = fixed_timesteps(timesteps, base.objective.num_timesteps)
+        t = torch.tensor(fixed * len(prompts), device=base.device)
+        x0 = x0.repeat_interleave(timesteps, 0)
+        rows = [normal(tuple(x0.shape[1:]), seed, "drift noise", i) for i in range(len(x0))]
+        inputs = base.objective.add_noise(x0, torch.stack(rows).to(x0), t)
+        conditions = {
+            name: values.repeat_interleave(timesteps, 0)
+            for name, values in base.encode(prompts).items()
+        }
+        return cls(inputs, t, conditions, _predict(base, inputs, t, conditions))
 
-    @torch.no_grad()
-    def measure(self, pipe: Any) -> float:
-        """Drift of the pipeline as it stands, at least 0; embeddings are the base's own."""
-        moved = predict(pipe.unet, self.inputs, self.timesteps, self.embeddings)
+    def measure(self, base: Base) -> float:
+        """Drift of the base with what is in it now, at least 0."""
+        moved = _predict(base, self.inputs, self.timesteps, self.conditions)
         return float((moved - self.answers).square().mean() / self.answers.square().mean())
 
 
-def predict(unet: Any, x_t: Tensor, t: Tensor, states: Tensor, batch: int = 32) -> Tensor:
-    """The denoiser's predictions, (N, C, h, w), in chunks of `batch`."""
-    chunks = zip(x_t.split(batch), t.to(x_t.device).split(batch), states.split(batch), strict=True)
-    return torch.cat([unet(x, s, encoder_hidden_states=c).sample for x, s, c in chunks])
+def _predict(base: Base, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+    """The denoiser's predictions, [N, C, h, w], in chunks."""
+    chunks = []
+    for start in range(0, len(x_t), _BATCH):
+        some = slice(start, start + _BATCH)
+        part = {name: rows[some] for name, rows in conditions.items()}
+        chunks.append(base.denoise(x_t[some], t[some], part))
+    return torch.cat(chunks)
