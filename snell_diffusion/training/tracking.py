@@ -58,6 +58,7 @@ class Tracker:
         on_event: Called with every event.
         remote: Called with (numbers, step) for TensorBoard or W&B.
         main: False on the other processes of a distributed run.
+        quiet: Show nothing on the screen.
     """
 
     def __init__(
@@ -67,7 +68,9 @@ class Tracker:
         on_event: Callable[[Event], None] | None = None,
         remote: Callable[[dict[str, float], int], None] | None = None,
         main: bool = True,
+        quiet: bool = False,
     ) -> None:
+        self._quiet = quiet
         self.folder = folder if main else None
         self.total = total
         self.main = main
@@ -131,6 +134,8 @@ class Tracker:
         return round(since / done * (self.total - step), 1)
 
     def _show(self, step: int, numbers: dict[str, Any]) -> None:
+        if self._quiet:
+            return
         if self._bar is None:
             self._bar = tqdm(total=self.total, initial=step - 1, desc="train", mininterval=0.5)
         parts = {"loss": f"{numbers['loss']:.4f}", "lr": f"{numbers['lr']:.1e}"}
@@ -143,7 +148,8 @@ class Tracker:
     def note(self, message: str) -> None:
         """Print a line for the user, above the progress bar, and record it."""
         if self.main:
-            tqdm.write(message)
+            if not self._quiet:
+                tqdm.write(message)
             self.event("note", message=message)
 
     def ended(self, error: BaseException, state: str) -> None:

@@ -1,0 +1,1 @@
+"""Image classification with pretrained vision models: `python -m snell_diffusion.vision`."""

@@ -1,0 +1,197 @@
+"""Puts a method into a base: adapters by the recipes of `tuners`, or only a head."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig, inject_adapter_in_model
+from torch import nn
+
+from snell_diffusion.errors import SnellaConfigError, shown
+from snell_diffusion.training.adapter_tensors import trainable_parameters, tuner_layers
+from snell_diffusion.training.randomness import seed_torch
+from snell_diffusion.tuners.recipes import RECIPES, Recipe, list_methods, recipe
+from snell_diffusion.tuners.snella_config import VISION, SnellaConfig
+from snell_diffusion.vision.config import VisionConfig
+from snell_diffusion.vision.loading import Base
+from snell_diffusion.vision.models import HEAD
+from snell_diffusion.vision.placement import place_backbone, place_branches
+
+ADAPTER = "default"
+COMPONENT = "vit"
+"""Name of the adapted model in files and logs, whatever its family."""
+LINEAR_PROBE = "linear_probe"
+_LEVELS = ("target_sparsity", "init_sparsity")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is adapted and trained.
+
+    Attributes:
+        layers: Wrapped layers.
+        adapter: Trained numbers in the base and its adapters; the head is not among them.
+        head: Numbers of the head.
+        base: Numbers of the base, head left out.
+        extras: Trained numbers of the base itself, such as the class token, stored with the head.
+    """
+
+    layers: int
+    adapter: int
+    head: int
+    base: int
+    extras: int
+
+    @property
+    def trainable(self) -> int:
+        """All trained numbers."""
+        return self.adapter + self.head
+
+
+def method_names() -> list[str]:
+    """Every value of `method`."""
+    return [*RECIPES, LINEAR_PROBE]
+
+
+def methods_table() -> str:
+    """The table of `--list-methods`."""
+    return f"{list_methods()}\n{LINEAR_PROBE}  only the new head, on frozen features"
+
+
+def find_recipe(name: str) -> Recipe | None:
+    """The recipe of a method; None for the linear probe.
+
+    Raises:
+        SnellaConfigError: No such method; lists them.
+    """
+    if name == LINEAR_PROBE:
+        return None
+    if name not in RECIPES:
+        known = shown(method_names(), 40)
+        raise SnellaConfigError(f"method '{name}' is unknown; known: {known}")
+    return recipe(name)
+
+
+def level_setting(name: str) -> str:
+    """The setting of a method that `levels` vary.
+
+    Raises:
+        SnellaConfigError: The method has no sparsity level.
+    """
+    found = find_recipe(name)
+    settings = [] if found is None else found.settings
+    for setting in _LEVELS:
+        if setting in settings:
+            return setting
+    raise SnellaConfigError(f"levels: method {name} has no sparsity level to search")
+
+
+def method_config(config: VisionConfig, base: Base, steps: int) -> PeftConfig | None:
+    """The PEFT config of a run; None for methods without adapter.
+
+    Args:
+        config: The run.
+        base: What is adapted.
+        steps: Optimizer steps of the run.
+
+    Raises:
+        SnellaConfigError: The method is unknown or refuses a setting.
+    """
+    found = find_recipe(config.method)
+    given: dict[str, Any] = {"rank": config.rank, "update_scale": config.update_scale}
+    if config.protocol != "paper":
+        given["dropout"] = config.dropout  # else placed as published, see placement.py
+    given = {name: value for name, value in given.items() if value is not None}
+    given |= config.method_settings
+    if found is None:
+        if given:
+            raise SnellaConfigError(f"method {LINEAR_PROBE} has no {shown(given)}")
+        return None
+    if config.protocol == "paper" and found.ours and issubclass(_kind(found), SnellaConfig):
+        given = {**_published(found), **given}
+    return found.config(
+        given,
+        config.target_modules or base.family.targets,
+        config.seed,
+        "vision",
+        chosen=bool(config.target_modules),
+        steps=steps,
+    )
+
+
+def _kind(found: Recipe) -> type:
+    return found.kind or object
+
+
+def _published(found: Recipe) -> dict[str, Any]:
+    """What the public code has for the settings that ours for vision changes."""
+    names = {field: name for name, field in found.shared.items()}
+    paper = SnellaConfig.paper()
+    values = {names.get(field, field): getattr(paper, field) for field in VISION}
+    return {name: value for name, value in values.items() if name in found.settings}
+
+
+def adapt(config: VisionConfig, base: Base, steps: int) -> Sizes:
+    """Make the parts of a base trainable that a method trains, and its head.
+
+    Args:
+        config: The run.
+        base: As loaded; its model is changed in place.
+        steps: Optimizer steps of the run.
+
+    Raises:
+        SnellaConfigError: No layer matches, or the method refuses its settings.
+    """
+    model = base.model
+    settings = method_config(config, base, steps)
+    size = sum(p.numel() for p in model.parameters())
+    extras = base.family.extras(model) if config.train_cls_token else []
+    if settings is not None:
+        inject(model, settings, config.seed)
+    elif config.method != LINEAR_PROBE:
+        model.requires_grad_(True)
+    getattr(model, HEAD).requires_grad_(True)
+    for name in extras:
+        model.get_parameter(name).requires_grad_(True)
+    for parameter in trainable_parameters({COMPONENT: model}).values():
+        parameter.data = parameter.data.float()
+    if config.protocol == "paper":
+        place_branches(model, config.dropout or 0.0, config.drop_path or 0.0)
+    else:
+        place_branches(model, 0.0, config.drop_path or 0.0)
+    place_backbone(base.family.branches(model), config.backbone_drop_path or 0.0)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return _sizes(model, size, extras)
+
+
+def inject(model: nn.Module, settings: PeftConfig, seed: int) -> None:
+    """Wrap the target layers.
+
+    Raises:
+        SnellaConfigError: No layer matches the targets, or the method refuses the model.
+    """
+    seed_torch(seed, "init", 0)
+    try:
+        inject_adapter_in_model(settings, model, ADAPTER)
+    except ValueError as error:
+        raise SnellaConfigError(f"{type(model).__name__} cannot be adapted: {error}") from error
+
+
+def _sizes(model: nn.Module, size: int, extras: list[str]) -> Sizes:
+    head = sum(p.numel() for p in getattr(model, HEAD).parameters())
+    trained = trainable_parameters({COMPONENT: model})
+    layers = len(list(tuner_layers({"": model})))
+    return Sizes(
+        layers=layers,
+        adapter=sum(p.numel() for p in trained.values()) - head,
+        head=head,
+        base=size - head,
+        extras=sum(model.get_parameter(name).numel() for name in extras),
+    )
+
+
+def kept_beside(model: nn.Module, extras: list[str]) -> dict[str, torch.Tensor]:
+    """What is stored beside an adapter: head and trained parts of the base, by their paths."""
+    names = [name for name, _ in model.named_parameters() if name.startswith(f"{HEAD}.")]
+    return {name: model.get_parameter(name).detach() for name in (*names, *extras)}

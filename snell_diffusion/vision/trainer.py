@@ -1,0 +1,373 @@
+"""One classification training in one process of a run."""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from snell_diffusion.training.adapter_tensors import (
+    adapter_tensors,
+    copy_adapter_tensors,
+    trainable_parameters,
+)
+from snell_diffusion.training.checkpoints import Checkpoint
+from snell_diffusion.training.errors import (
+    CheckpointError,
+    Interrupted,
+    NonFiniteError,
+    OutputError,
+)
+from snell_diffusion.training.files import write_json, write_text
+from snell_diffusion.training.finite import require_finite_weights
+from snell_diffusion.training.loop import train
+from snell_diffusion.training.parallel import Parallel, digest_of
+from snell_diffusion.training.plots import allocation_picture
+from snell_diffusion.training.run_folder import RunFolder, require_same
+from snell_diffusion.training.signals import StopRequest
+from snell_diffusion.training.tracking import Event, Tracker, cut_log, peak_memory, read_log
+from snell_diffusion.vision.batches import ClassificationLoss, Order
+from snell_diffusion.vision.classifier import Classifier
+from snell_diffusion.vision.config import VisionConfig, config_text, config_values
+from snell_diffusion.vision.data import Inputs, Preprocess, Split, Task, read_processor
+from snell_diffusion.vision.loading import base_digest, load_base
+from snell_diffusion.vision.measure import Measurement, measure
+from snell_diffusion.vision.method import COMPONENT, adapt
+from snell_diffusion.vision.optimization import build_state, loop_settings, run_length
+from snell_diffusion.vision.pictures import confusion_picture, training_curve
+from snell_diffusion.vision.results import RunResult
+from snell_diffusion.vision.run_folder import identity, run_folder
+from snell_diffusion.vision.saving import Facts, adapter_bytes, head_bytes, save_classifier
+
+_RECORDS = 20  # allocations in the log of a run
+OnEvent = Callable[[Event], None]
+
+
+class Trainer:
+    """Building it loads and checks everything; nothing is written before `run`.
+
+    Args:
+        config: All settings, without `levels`.
+        task: The images.
+        parallel: The processes.
+        stop: Ends the run between two steps.
+        on_event: Called with every event that log.jsonl gets.
+        test: Whether to measure on the test images at the end.
+    """
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        task: Task,
+        parallel: Parallel,
+        stop: StopRequest,
+        on_event: OnEvent | None = None,
+        *,
+        test: bool = True,
+    ) -> None:
+        self._began = time.monotonic()
+        self._config, self._task, self._test = config, task, test
+        self._parallel, self._stop, self._on_event = parallel, stop, on_event
+        self._folder = run_folder(config)
+        self._notes = task.summary()
+        checkpoint = self._find_checkpoint(self._folder)
+        self._base = load_base(
+            config.base,
+            len(task.classes),
+            revision=config.revision,
+            precision=config.mixed_precision,
+            seed=config.seed,
+        )
+        model, family = self._base.model, self._base.family
+        self._digest = base_digest(model)
+        processor = read_processor(self._base.source, config.revision)
+        self._preprocess = Preprocess.of(config, processor, self._base.side)
+        inputs = Inputs(task.train, self._preprocess, True, config)
+        per_step = config.train_batch_size * config.gradient_accumulation_steps * parallel.world
+        self._order = Order(len(inputs), per_step, config.seed)
+        self._steps = run_length(config, self._order)
+        self._extras = family.extras(model) if config.train_cls_token else []
+        self._sizes = adapt(config, self._base, self._steps)
+        model.to(parallel.device).train()
+        components = {COMPONENT: model}
+        self._state = build_state(config, components, self._extras, self._order, parallel)
+        self._identity = identity(config, task.digest(), self._digest, parallel.world)
+        if checkpoint is not None:
+            require_same(checkpoint, self._identity)
+            self._state.restore(checkpoint)
+        parallel.require_equal(
+            digest_of(self._identity, self._state.step),
+            "settings, images, base or checkpoint of the run",
+        )
+        self._resumed = checkpoint is not None
+        self._saved: int | None = None
+        self._loss = ClassificationLoss(config, family, model, inputs, self._order, parallel)
+        self._validation = Inputs(task.validation, self._preprocess, False, config)
+
+    def _find_checkpoint(self, folder: RunFolder | None) -> Checkpoint | None:
+        """The main process first: it may have to put back what a killed run left half renamed."""
+        if folder is None:
+            return None
+        main = self._parallel.main
+        if not main:
+            self._parallel.wait()
+        try:
+            return folder.find_checkpoint(self._notes.append)
+        finally:
+            # Also after an error: the others then find its reason, and not a lost connection.
+            if main:
+                self._parallel.wait()
+
+    def run(self) -> RunResult:
+        """Write the run folder, train, keep the best weights, measure them."""
+        self._tracker = self._open()
+        try:
+            self._tracker.event(
+                "start",
+                step=self._state.step,
+                images=len(self._task.train),
+                classes=len(self._task.classes),
+                layers=self._sizes.layers,
+                trainable=self._sizes.trainable,
+                steps_per_epoch=self._order.per_epoch,
+                device=str(self._parallel.device),
+                processes=self._parallel.world,
+            )
+            began = time.monotonic()
+            self._train()
+            return self._finish(time.monotonic() - began)
+        except BaseException as error:
+            state = "stopped" if isinstance(error, Interrupted) else "failed"
+            self._tracker.ended(error, state)
+            raise
+        finally:
+            self._tracker.close()
+
+    def _open(self) -> Tracker:
+        """Take the run folder: the first writes of the run."""
+        main, config = self._parallel.main, self._config
+        path = None if self._folder is None else self._folder.path
+        if main and self._folder is not None:
+            self._folder.take()
+            cut_log(self._folder.path / "log.jsonl", self._state.step if self._resumed else -1)
+            write_text(self._folder.path / "config.yaml", config_text(config))
+        self._parallel.wait()
+        remote = self._remote() if config.report_to != "none" else None
+        tracker = Tracker(path, self._steps, self._on_event, remote, main, config.quiet)
+        tracker.status("preparing", step=self._state.step)
+        for note in self._notes:
+            tracker.note(note)
+        return tracker
+
+    def _remote(self) -> Callable[[dict[str, float], int], None]:
+        """Start TensorBoard or W&B through accelerate."""
+        values = config_values(self._config).items()
+        plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in values}
+        accelerator = self._parallel.accelerator
+        accelerator.init_trackers("classification", config=plain)
+        return lambda numbers, step: accelerator.log(numbers, step=step)
+
+    # Training
+
+    def _train(self) -> None:
+        self._last = time.monotonic()
+        settings = loop_settings(self._config, self._steps)
+        try:
+            stopped = train(
+                self._state, self._loss, settings, self._parallel, self._on_step, self._stop
+            )
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}. {self._keep_last_good()}") from error
+        if stopped:
+            step, signum = self._state.step, self._stop.signum or 15
+            if self._folder is None:
+                raise Interrupted(signum, f"stopped after step {step}; nothing was written")
+            path = self._save_checkpoint()
+            with self._shown():
+                self._save(step)
+            raise Interrupted(
+                signum,
+                f"stopped after step {step}, the state is in {path}; continue with "
+                f"--resume_from_checkpoint latest",
+            )
+
+    def _on_step(self, numbers: dict[str, float]) -> None:
+        step, now = self._state.step, time.monotonic()
+        self._tracker.step(
+            step,
+            **numbers,
+            kept_share=self._kept_share(),
+            seconds=round(now - self._last, 4),
+            memory=peak_memory(self._parallel.device),
+        )
+        every = self._config.checkpointing_epochs
+        per_epoch, last = self._order.per_epoch, step == self._steps
+        if last or step % (per_epoch * self._config.eval_epochs) == 0:
+            self._validate(step)
+        last = last or self._state.exhausted
+        if last or step % max(1, self._steps // _RECORDS) == 0:
+            self._record_allocation(step, last)
+        if self._folder is not None and (last or (every and step % (every * per_epoch) == 0)):
+            self._save_checkpoint()
+        self._last = time.monotonic()
+
+    def _kept_share(self) -> float | None:
+        """Share of the update's entries that the layers' levels keep; None without levels."""
+        allocator = getattr(self._state.competition, "allocator", None)
+        if allocator is None:
+            return None
+        return sum(allocator.keep().values()) / sum(allocator.sizes.values())
+
+    def _record_allocation(self, step: int, last: bool) -> None:
+        report = getattr(self._state.competition, "report", None)
+        if report is not None and (last or not self._config.quiet):
+            self._tracker.event("allocation", step=step, layers=report())
+
+    def _shown(self) -> AbstractContextManager[None]:
+        """What is measured: the average where one is kept."""
+        return nullcontext() if self._state.ema is None else self._state.ema.applied()
+
+    def _validate(self, step: int) -> None:
+        weights = trainable_parameters(self._state.components)
+        require_finite_weights(weights, f"after step {step}", self._parallel)
+        with self._shown():
+            found = self._measure(self._validation)
+            assert self._state.best is not None
+            self._state.best.observe(step, found.objective)
+        numbers = {"validation_loss": found.loss, "validation_accuracy": found.accuracy}
+        epoch = round(step / self._order.per_epoch, 4)
+        self._tracker.event("validation", step=step, epoch=epoch, **numbers)
+        self._tracker.remote(numbers, step)
+
+    def _measure(self, inputs: Inputs) -> Measurement:
+        model, batch = self._base.model, self._config.eval_batch_size
+        return measure(self._base.family, model, inputs, batch, self._parallel)
+
+    # Checkpoints
+
+    def _save_checkpoint(self) -> Path:
+        """Publish the state after the current step, from the main process."""
+        assert self._folder is not None
+        step = self._state.step
+        weights = trainable_parameters(self._state.components)
+        require_finite_weights(weights, f"after step {step}", self._parallel)
+        tensors, state = self._state.pack()
+        if self._parallel.main:
+            self._folder.checkpoints.save(step, tensors, {**state, "identity": self._identity})
+            self._tracker.event("checkpoint", step=step)
+        self._parallel.wait()
+        self._saved = step
+        return self._folder.checkpoints.path(step)
+
+    def _keep_last_good(self) -> str:
+        """Save the state before a failed step, if it is sound; say what is kept."""
+        if self._folder is None:
+            return "Nothing was written"
+        if self._saved == self._state.step:
+            # The levels are those of the failed step by now.
+            return f"The last good state is kept in {self._folder.checkpoints.path(self._saved)}"
+        try:
+            return f"The last good state is kept in {self._save_checkpoint()}"
+        except (CheckpointError, OutputError) as error:
+            return f"The last good state could not be saved: {error}"
+        except NonFiniteError:
+            steps = self._folder.checkpoints.steps()
+            if steps:
+                return f"The last good state is kept in {self._folder.checkpoints.path(steps[-1])}"
+            return "No earlier state was saved; set checkpointing_epochs to keep one"
+
+    # The end
+
+    def _finish(self, train_seconds: float) -> RunResult:
+        """Put the best weights into the model, measure and save them."""
+        self._tracker.status("saving")
+        best, task = self._state.best, self._task
+        assert best is not None
+        copy_adapter_tensors(self._state.components, best.tensors)
+        validation = self._measure(self._validation)
+        test = self._measure_test(task.test, validation)
+        config, base = self._config, self._base
+        written = self._save(best.step)
+        data = adapter_bytes(config, base, best.step)
+        result = RunResult(
+            output_dir=None if self._folder is None else self._folder.path,
+            adapter_path=written,
+            adapter_bytes=self._stored_bytes(data),
+            head_bytes=len(head_bytes(base, self._extras)),
+            classifier=Classifier(base.family, base.model.eval(), task.classes, self._preprocess),
+            classes=task.classes,
+            validation=validation,
+            test=test,
+            sizes=self._sizes,
+            steps_per_epoch=self._order.per_epoch,
+            step=self._state.step,
+            kept_step=best.step,
+            stopped_early=self._state.exhausted,
+            seconds=time.monotonic() - self._began,
+            train_seconds=train_seconds,
+            peak_memory=peak_memory(self._parallel.device),
+            history=self._tracker.history,
+        )
+        self._tell(result)
+        return result
+
+    def _measure_test(self, split: Split, validation: Measurement) -> Measurement | None:
+        if not self._test:
+            return None
+        if split is self._task.validation:
+            return validation
+        return self._measure(Inputs(split, self._preprocess, False, self._config))
+
+    def _stored_bytes(self, data: bytes | None) -> int:
+        if data is not None:
+            return len(data)
+        trained = adapter_tensors(self._state.components).items()
+        beside = {id(p) for p in self._base.model.get_submodule("classifier").parameters()}
+        return sum(t.numel() * t.element_size() for _, t in trained if id(t) not in beside)
+
+    def _save(self, step: int) -> Path | None:
+        """Write the classifier as it is now; return its adapter."""
+        if self._folder is None or not self._parallel.main:
+            return None
+        config = self._config
+        facts = Facts(
+            config.base,
+            config.revision,
+            self._digest,
+            config.mixed_precision,
+            config.method,
+            self._task.classes,
+            self._preprocess,
+        )
+        return save_classifier(self._folder.path, config, self._base, facts, self._extras, step)
+
+    def _tell(self, result: RunResult) -> None:
+        numbers: dict[str, Any] = {
+            "validation_accuracy": result.validation.accuracy,
+            "test_accuracy": None if result.test is None else result.test.accuracy,
+        }
+        self._tracker.event(
+            "finished",
+            step=result.step,
+            kept_step=result.kept_step,
+            run_seconds=round(result.seconds, 2),
+            **numbers,
+        )
+        if self._folder is not None and self._parallel.main:
+            write_json(self._folder.path / "result.json", result.to_json())
+            if not self._config.quiet:
+                self._draw(self._folder.path, result)
+        self._tracker.status("finished", force=True, eta_s=0.0, kept_step=result.kept_step)
+        self._parallel.wait()
+
+    def _draw(self, folder: Path, result: RunResult) -> None:
+        events = read_log(folder / "log.jsonl")
+        training_curve(events, result.steps_per_epoch, result.kept_step, folder / "curve.png")
+        if any(event["event"] == "allocation" for event in events):
+            allocation_picture(events, folder / "allocation.png")
+        shown, name = result.test, "test"
+        if shown is None:
+            shown, name = result.validation, "validation"
+        title = f"{name} images, accuracy {shown.accuracy:.1%}"
+        counts = shown.confusion(len(result.classes))
+        confusion_picture(counts, result.classes, title, folder / "confusion.png")
