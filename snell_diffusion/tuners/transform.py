@@ -64,6 +64,10 @@ class TransformLayer(DeltaLayer):
             "input; use the adapter unmerged"
         )
 
+    def writable(self) -> bool:
+        """Whether the base's parameters are floats as they stand, which merging can write."""
+        return has_plain_weight(self.get_base_layer())
+
     def delta_params(self, adapter: str) -> tuple[Tensor, ...]:
         names: tuple[str, ...] = tuple(type(self).adapter_layer_names)
         return tuple(
@@ -124,7 +128,7 @@ class TransformLayer(DeltaLayer):
         if not self.mergeable:
             raise ValueError(self.why_not_mergeable())
         base: nn.Module = self.get_base_layer()
-        if not has_plain_weight(base):
+        if not self.writable():
             raise ValueError(
                 f"cannot merge adapter(s) {', '.join(adapters)} into {type(base).__name__}, whose "
                 "weight is no plain tensor of floats: use the adapter unmerged, or load the base "

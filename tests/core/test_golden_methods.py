@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from snell_diffusion.core.bottleneck import bottleneck
 from snell_diffusion.core.householder import (
     REFLECTIONS,
     householder_product,
@@ -15,6 +16,14 @@ from snell_diffusion.core.householder import (
 )
 from snell_diffusion.core.quantize import decode, encode, levels, quantize
 from snell_diffusion.core.recompose import recompose, recomposed_bias, recomposed_weight
+from snell_diffusion.core.sensitivity import (
+    Choice,
+    accumulate,
+    adapter_size,
+    choose,
+    lora_size,
+    scatter,
+)
 from tests.golden.cases import Case, cases
 
 
@@ -105,3 +114,86 @@ def test_arc_merged_into_a_linear(case: Case) -> None:
     merged = W + recomposed_weight(W, t["U"], t["s0"])
     y = t["x"] @ merged.T + recomposed_bias(W, t["b0"])
     case.assert_close(y, t["h0.f64"] @ W.T, "f64", "a linear on h0")
+
+
+SKIPPED = ("head", "cls_token", "patch_embed", "pos_embed")
+
+
+def choices(case: Case) -> tuple[dict[str, Tensor], dict[float, Choice]]:
+    t, config = case.tensors("f32"), case.config
+    names = config.get("parameter_order") or [n[5:] for n in t if n.startswith("grad.")]
+    names = [name for name in names if not any(part in name for part in SKIPPED)]
+    batches = [{n: t[f"grad.{n}"][b] for n in names} for b in range(config["batches"])]
+    sensitivity = accumulate(batches)
+    size = lora_size if "lora" in case.method else adapter_size
+    structured = {
+        name: size(config["rank"], *score.shape)
+        if size is lora_size
+        else size(config["rank"], score.shape[0], score.shape[0])
+        for name, score in sensitivity.items()
+        if score.dim() == 2
+    }
+    return sensitivity, choose(
+        sensitivity,
+        structured,
+        config["budgets"],
+        unit=config["parameter_unit"],
+        extra=config["class_token_params"],
+        alpha=config["alpha"],
+        beta=config["beta"],
+        structured_only=config["structured_only"],
+        structured_vectors=config["structured_vectors"],
+    )
+
+
+@pytest.mark.parametrize("case", cases("sensitivity"), ids=str)
+def test_sensitivity(case: Case) -> None:
+    t, config = case.tensors("f32"), case.config
+    sensitivity, found = choices(case)
+    assert [str(budget) for budget in found] == [
+        str(b) for b in config["budgets"] if str(b) in config["expected"]
+    ]
+    matrices = [name for name, score in sensitivity.items() if score.dim() == 2]
+    columns = config["matrix_columns"]
+    for budget, choice in found.items():
+        expected = config["expected"][str(budget)]
+        assert choice.structured == expected["structured_params"]
+        assert choice.single == expected["unstructured_params"]
+        tolerance = case.entry["tolerance"]["params"]["atol"]
+        total = choice.total / config["parameter_unit"]
+        assert total == pytest.approx(expected["params"], abs=tolerance)
+        table = [[0] * len(columns) for _ in range(config["blocks"])]
+        for name in matrices:
+            _, block, *_, column, _ = name.split(".")
+            table[int(block)][columns.index(column)] = int(name in choice.matrices)
+        assert table == expected["tuned_matrices"]
+        assert list(choice.vectors) == expected["tuned_vectors"]
+        assert list(choice.entries) == expected["unstructured_tensors"]
+        starts, together = 0, []
+        for name, positions in choice.entries.items():
+            together.append(positions + starts)
+            starts += sensitivity[name].numel()
+        want = t[f"budget{budget}.unstructured_index"]
+        assert torch.equal(torch.cat(together), want.flatten())
+
+
+@runs("sparse_linear")
+def test_sparse_linear(case: Case, precision: str) -> None:
+    t = case.tensors(precision)
+    given = leaves(t, ["x", "sw", "sb"])
+    O, I = t["W"].shape
+    rows, columns = t["weight_index"].long()
+    W = t["W"] + scatter(given["sw"], rows * I + columns, (O, I))
+    y = given["x"] @ W.T + t["b"] + scatter(given["sb"], t["bias_index"][0].long(), (O,))
+    y.backward(t["gy"])
+    check(case, t, precision, {"y": y} | {f"g{n}": value.grad for n, value in given.items()})
+
+
+@runs("structured_module")
+def test_structured_module(case: Case, precision: str) -> None:
+    t = case.tensors(precision)
+    given = leaves(t, [n for n in ("x", "down", "down_bias", "up", "up_bias") if n in t])
+    activation = {"adapter": "gelu", "lora": None}[case.config["type"]]
+    y = bottleneck(**given, activation=activation)
+    y.backward(t["gy"])
+    check(case, t, precision, {"y": y} | {f"g{n}": value.grad for n, value in given.items()})

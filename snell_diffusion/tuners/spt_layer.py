@@ -1,0 +1,442 @@
+"""What SPT-LoRA and SPT-Adapter share: settings, single entries, vectors, norms, placement.
+
+    W = W0 + scale · scatter(v)     at the selection's positions, v from 0; biases and norms alike
+    whole vectors: bias + scale · δ, δ from 0                    SPT (arXiv:2303.08566)
+
+Shape legend: I in features, O out features, n entries. The structured module, which is where the
+two methods differ, is in spt_lora.py and spt_adapter.py.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from snell_diffusion.core import ScaledSum, WholeUpdate
+from snell_diffusion.core.precision import HALVES, full
+from snell_diffusion.core.sensitivity import scatter
+from snell_diffusion.errors import SnellaConfigError, shown
+from snell_diffusion.tuners.base import (
+    DeltaConfig,
+    check_bool,
+    check_int,
+    check_number,
+    config_field,
+)
+from snell_diffusion.tuners.containers import PreciseBufferDict, PreciseParameterDict
+from snell_diffusion.tuners.layer import DeltaLayer
+from snell_diffusion.tuners.placement import PlacedModel, linears, placed
+from snell_diffusion.tuners.roles import ROLES, role_of
+from snell_diffusion.tuners.spt_selection import SptSelection, is_norm, select
+from snell_diffusion.tuners.transform import TransformLayer
+
+__all__ = ["SptConfig", "SptLayer", "SptModel", "SptNorm"]
+
+KINDS = ("weight", "bias")
+TUNED = ("entries", "bias_entries", "weight", "bias")
+PLACES = ("positions", "bias_positions")
+
+
+@dataclass
+class SptConfig(DeltaConfig):
+    """Settings both SPT methods have.
+
+    The paper's: r 8, alpha 10, beta 5, budgets of 0.05 to 1 million parameters, 16 batches of 32.
+
+    Raises:
+        SnellaConfigError: A value is out of range.
+    """
+
+    default_roles: ClassVar[tuple[str, ...] | None] = tuple(ROLES)
+    not_saved: ClassVar[tuple[str, ...]] = ("selection",)
+
+    r: int = config_field(DeltaConfig, "r", 8)
+    selection: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "what is tuned, as the sensitivity pass found it; without one, and without a "
+            "budget, every target layer gets its structured module and nothing else is tuned"
+        },
+    )
+    budget: int | None = field(
+        default=None,
+        metadata={"help": "parameters to tune, 1 or more: the sensitivity pass chooses which"},
+    )
+    batches: int = field(
+        default=16, metadata={"help": "batches of the sensitivity pass, 1 or more"}
+    )
+    alpha: float = field(
+        default=10.0,
+        metadata={
+            "help": "a matrix gets its structured module when 1/alpha as many of its entries as "
+            "the module has parameters are among the most sensitive, above 0"
+        },
+    )
+    beta: float = field(
+        default=5.0,
+        metadata={"help": "a vector is tuned whole when 1/beta of its entries are, above 0"},
+    )
+    structured_only: bool = field(default=False, metadata={"help": "tune no single entries"})
+    structured_vectors: bool = field(
+        default=True, metadata={"help": "whether vectors (biases, norms) may be tuned whole"}
+    )
+    tune_norms: bool = field(default=True, metadata={"help": "whether norms may be tuned"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget is not None:
+            check_int("budget", self.budget, at_least=1)
+        check_int("batches", self.batches, at_least=1)
+        for name in ("alpha", "beta"):
+            check_number(name, getattr(self, name), "above 0", lambda value: value > 0)
+        for name in ("structured_only", "structured_vectors", "tune_norms"):
+            check_bool(name, getattr(self, name))
+        if self.selection is not None:
+            self.selection = SptSelection.from_dict(self.selection).to_dict()
+
+    @property
+    def chosen(self) -> SptSelection | None:
+        """The selection; None where every target is tuned by a structured module."""
+        return None if self.selection is None else SptSelection.from_dict(self.selection)
+
+    @property
+    def wants_selection(self) -> bool:
+        """Whether a sensitivity pass has to come before the model is adapted."""
+        return self.budget is not None and self.selection is None
+
+    def selected(
+        self,
+        model: nn.Module,
+        losses: Iterable[Tensor],
+        *,
+        extra: int = 0,
+        public_sweep: bool = False,
+    ) -> Self:
+        """This config with what the sensitivity pass chooses for its budget; see `select`.
+
+        Raises:
+            SnellaConfigError: It has no budget, or no layer of the model is a target.
+            SnellaValueError: The pass failed, or nothing comes close to the budget.
+        """
+        if self.budget is None:
+            raise SnellaConfigError(
+                f"budget of {self.method} must be set for a sensitivity pass: the number of "
+                "parameters to tune"
+            )
+        found = select(
+            *(model, losses, self, self.budget),
+            targets=target_paths(model, self),
+            extra=extra,
+            public_sweep=public_sweep,
+        )
+        return replace(self, selection=found.to_dict())
+
+    @classmethod
+    def stored(
+        cls, settings: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]
+    ) -> Self:
+        """With the selection that the tensors of a file are of; their positions come with them."""
+        prefix = f"{cls.method.lower()}_"
+        structured: list[str] = []
+        vectors: list[str] = []
+        entries: dict[str, int] = {}
+        for path, held in shapes.items():
+            own = {name.removeprefix(prefix): shape for name, shape in held.items()}
+            if "down" in own:
+                structured.append(path)
+            vectors += [f"{path}.{kind}" for kind in KINDS if kind in own]
+            entries |= {
+                f"{path}.{kind}": own[name][0]
+                for kind, name in zip(KINDS, TUNED[:2], strict=True)
+                if name in own
+            }
+        found = SptSelection(tuple(structured), tuple(vectors), entries)
+        return cls(
+            **settings,
+            selection=found.to_dict(),
+            target_modules=list(shapes),
+            inference_mode=True,
+        )
+
+    @abstractmethod
+    def module_size(self, path: str, outputs: int, inputs: int) -> int:
+        """Parameters of the structured module of a layer [O, I]."""
+
+
+class SptLayer(TransformLayer):
+    """A Linear with single entries, a whole bias and a structured module of some adapters.
+
+    Which of these it has, its adapter's selection says. `parts` are the structured module's tensors
+    by name without the prefix.
+    """
+
+    prefix: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]]
+    adapter_layer_names: tuple[str, ...]
+    alike = False
+
+    def add_containers(self) -> None:
+        for name in self.adapter_layer_names:
+            setattr(self, name, PreciseParameterDict())
+        for name in PLACES:
+            setattr(self, self.prefix + name, PreciseBufferDict())
+
+    def adopt(self, key: str) -> None:
+        super().adopt(key)
+        self.path, self.role = key, role_of(key)
+
+    def create_tensors(
+        self, adapter: str, config: DeltaConfig, generator: torch.Generator | None
+    ) -> None:
+        assert isinstance(config, SptConfig)
+        chosen = config.chosen
+        if chosen is None or self.path in chosen.structured:
+            module = self.fresh_module(config, generator)
+            for name, tensor in zip(self.parts, module, strict=True):
+                self.held(name)[adapter] = nn.Parameter(tensor)
+        if chosen is None:
+            return
+        for kind, entries, places in zip(KINDS, TUNED[:2], PLACES, strict=True):
+            path = f"{self.path}.{kind}"
+            if path in chosen.vectors:
+                self.held(kind)[adapter] = nn.Parameter(torch.zeros(self._shape(kind, path)))
+            if count := chosen.count(path):
+                positions, numel = chosen.positions(path), self._shape(kind, path).numel()
+                if int(positions.max()) >= numel:
+                    raise SnellaConfigError(
+                        f"selection's entries of {path} must be below {numel}, the size of this "
+                        f"model's, got {int(positions.max())}: it is for another model"
+                    )
+                self.held(entries)[adapter] = nn.Parameter(torch.zeros(count))
+                self.held(places)[adapter] = positions
+
+    @classmethod
+    def check_stored(cls, tensors: Mapping[str, Tensor], shape: Sequence[int]) -> None:
+        for places, sizes in zip(PLACES, (shape, shape[:1]), strict=True):
+            positions = tensors.get(cls.prefix + places)
+            if positions is None:
+                continue
+            numel = math.prod(sizes)
+            whole = positions.long()
+            inside = bool(((whole >= 0) & (whole < numel)).all())
+            if positions.is_floating_point() or not inside or len(whole.unique()) < len(whole):
+                raise ValueError(
+                    f"tensor '{cls.prefix}{places}': expected different whole numbers, 0 to "
+                    f"{numel - 1}, the places of single weights, got {positions.dtype} from "
+                    f"{positions.min()} to {positions.max()}"
+                )
+
+    @abstractmethod
+    def fresh_module(
+        self, config: SptConfig, generator: torch.Generator | None
+    ) -> tuple[Tensor, ...]:
+        """The structured module's tensors in the order of `parts`, float32 on the CPU."""
+
+    @abstractmethod
+    def branch(self, x: Tensor, y: Tensor, adapter: str) -> Tensor:
+        """What an adapter's structured module adds, [..., O]: x the layer's input, y its output."""
+
+    def held(self, name: str) -> Any:
+        """A container by its name without the prefix."""
+        return getattr(self, self.prefix + name)
+
+    def transformed(self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        y = self._with_entries(x, adapters, *args, **kwargs)
+        added = [
+            (self.scaling[name] * self.branch(x, y, name)).to(y.dtype)
+            for name in adapters
+            if name in self.held("down")
+        ]
+        return y + sum(added) if added else y
+
+    def change(self, kind: str, adapters: Sequence[str]) -> Tensor | None:
+        """What entries and vectors of some adapters add to weight or bias, scale included."""
+        places, entries = dict(zip(KINDS, zip(PLACES, TUNED[:2], strict=True), strict=True))[kind]
+        total: Tensor | None = None
+        for name in adapters:
+            own = [self.held(kind)[name]] if name in self.held(kind) else []
+            if name in self.held(entries):
+                shape = self._shape(kind, f"{self.path}.{kind}")
+                own.append(scatter(self.held(entries)[name], self.held(places)[name], shape))
+            for change in own:
+                scaled = self.scaling[name] * change
+                total = scaled if total is None else total + scaled
+        return total
+
+    def merged_parameters(self, adapters: Sequence[str]) -> dict[str, Tensor]:
+        base, merged = self.get_base_layer(), {}
+        for kind in KINDS:
+            change = self.change(kind, adapters)
+            if change is not None:
+                merged[kind] = full(getattr(base, kind)) + change
+        return merged
+
+    def _with_entries(
+        self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The base's call with single entries and the bias's change."""
+        entries, places = self.held("entries"), self.held("positions")
+        shape = torch.Size((self.out_features, self.in_features))
+        owners = [name for name in adapters if name in entries]
+        update = ScaledSum([(_Entries(places[a], shape), 1, self.scaling[a]) for a in owners])
+        values = [entries[name] for name in owners]
+        more = self.change("bias", adapters)
+        if args or kwargs or not self.is_plain():
+            y = self.base_layer(x, *args, **kwargs)
+            if owners:
+                y = y + self.multiply_trained(x, None, None, update, values, True)
+            return y if more is None else y + more.to(y.dtype)
+        linear = self.get_base_layer()
+        bias: Tensor | None = linear.bias
+        if bias is not None and more is not None and bias.dtype not in HALVES:
+            bias, more = bias + more, None
+        if owners:
+            folds = self._folds(x.device)
+            y = self.multiply_trained(x, linear.weight, bias, update, values, folds)
+        else:
+            y = self.operation()(x, linear.weight, bias)
+        return y if more is None else y + more.to(y.dtype)
+
+    def _shape(self, kind: str, path: str) -> torch.Size:
+        found = getattr(self.get_base_layer(), kind, None)
+        if not isinstance(found, Tensor):
+            raise SnellaConfigError(
+                f"selection names {path}, which this model does not have: it is for another model"
+            )
+        return torch.Size(self.weight_shape()) if kind == "weight" else found.shape
+
+
+class SptNorm(SptLayer):
+    """A norm with single entries or whole vectors tuned; combine it with a method's layer.
+
+    The public code counts entries of norms in the budget and then has no layer that receives them;
+    here they are tuned.
+    """
+
+    kind = "norm"
+
+    def adopt(self, key: str) -> None:
+        norm = self.get_base_layer()
+        self.out_features, self.in_features = len(norm.weight), 1
+        self.path, self.role = key, None
+
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.out_features,)
+
+    def writable(self) -> bool:
+        weight = self.get_base_layer().weight
+        return type(weight) is nn.Parameter and weight.is_floating_point()
+
+    def create_tensors(
+        self, adapter: str, config: DeltaConfig, generator: torch.Generator | None
+    ) -> None:
+        assert isinstance(config, SptConfig)
+        if config.chosen is None or self.path in config.chosen.structured:
+            raise SnellaConfigError(
+                f"{config.method} has structured modules for Linear layers, and {self.path} is a "
+                f"{type(self.get_base_layer()).__name__}: leave it out of target_modules"
+            )
+        super().create_tensors(adapter, config, generator)
+
+    def transformed(self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        base = self.get_base_layer()
+        new = {
+            name: value.to(getattr(base, name).dtype)
+            for name, value in SptLayer.merged_parameters(self, adapters).items()
+        }
+        y: Tensor = functional_call(base, new, (x, *args), kwargs)
+        return y
+
+
+class SptModel(PlacedModel):
+    """PEFT's model class for both; `norm_layer_cls` is the method's layer for norms."""
+
+    norm_layer_cls: type[SptNorm]
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        if peft_config.wants_selection:
+            raise SnellaConfigError(
+                f"{peft_config.method} with a budget chooses what to tune by a sensitivity pass: "
+                "run config.selected(model, losses) first and adapt the model with what it "
+                "returns, or leave budget out to tune every target layer"
+            )
+        if peft_config.chosen is not None:
+            peft_config.target_modules = peft_config.chosen.modules()
+            there = {path for path, _ in model.named_modules()}
+            if missing := set(peft_config.target_modules) - there:
+                raise SnellaConfigError(
+                    f"selection names {shown(missing)}, which this {type(model).__name__} does not "
+                    "have: it is for another model"
+                )
+        super()._prepare_model(peft_config, model)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(_base(target), nn.Conv2d):
+            raise SnellaConfigError(
+                f"{peft_config.method} tunes Linear layers and norms, and target module "
+                f"{current_key!r} is a convolution: leave it out of target_modules"
+            )
+        chosen = peft_config.chosen
+        if chosen is not None and current_key not in chosen.modules():
+            return  # PEFT matches endings: another module's path may end in a chosen one
+        super()._create_and_replace(
+            *(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
+        )
+
+    def _layer_class(self, target: nn.Module) -> type[DeltaLayer]:
+        return self.norm_layer_cls if is_norm(_base(target)) else self.tuner_layer_cls
+
+
+class _Entries(WholeUpdate):
+    """The update that single entries are, [O, I]: a function of their values."""
+
+    def __init__(self, positions: Tensor, shape: torch.Size) -> None:
+        super().__init__(lambda values: scatter(values, positions, shape))
+
+
+def target_paths(model: nn.Module, config: SptConfig) -> list[str]:
+    """Paths of the Linear layers that the config's targets are in a model.
+
+    Raises:
+        SnellaConfigError: There is none.
+    """
+    paths = linears(model)
+    wanted = config
+    if config.target_modules is None:
+        roles = config.default_roles or ()
+        wanted = replace(config, target_modules=placed(config.method, roles, model))
+    elif config.target_modules == "all-linear":
+        return paths
+    found = [path for path in paths if check_target_module_exists(wanted, path)]
+    if not found:
+        raise SnellaConfigError(
+            f"no Linear layer of {type(model).__name__} is among target_modules "
+            f"{config.target_modules!r}"
+        )
+    return found
+
+
+def _base(module: nn.Module) -> nn.Module:
+    while isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    return module
+
+
+def names_of(prefix: str, parts: Sequence[str]) -> tuple[str, ...]:
+    """The parameter containers of a method: its structured module's, then what both have."""
+    return tuple(prefix + name for name in (*parts, *TUNED))
