@@ -1,0 +1,89 @@
+"""Make the embedded ViT: train it on generated scenes, export it, score it.
+
+    python scripts/train_embedded_vit.py all --work runs/embedded_vit --font NotoColorEmoji.ttf
+
+Stages: train (35 min of one core), export, score (1 min). Training resumes from its checkpoint, and
+export takes whatever that holds, so that a snapshot can be exported while training goes on.
+"""
+
+import argparse
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from embedded_base.data import sha256_of
+from embedded_vit.export import assemble, export
+from embedded_vit.painter import ScenePainter
+from embedded_vit.scoring import digits_scores, draw_scenes, scene_scores
+from embedded_vit.training import SceneNet, VitTrainer, VitTraining
+from transformers import ViTForImageClassification
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "snell_diffusion" / "models" / "embedded_vit"
+DOCS = ROOT / "docs" / "embedded_vit"
+
+
+def stage_train(args: argparse.Namespace) -> None:
+    """Train, or go on training."""
+    config = VitTraining(steps=args.steps, seed=args.seed)
+    VitTrainer(ScenePainter(args.font, args.seed), args.work / "vit.pt", config).train()
+
+
+def stage_export(args: argparse.Namespace) -> None:
+    """Write the averaged weights as a transformers folder."""
+    state = torch.load(args.work / "vit.pt")
+    megabytes = export(assemble(state["average"]), MODEL)
+    print(f"step {state['step']}: {megabytes:.2f} MB in {MODEL.relative_to(ROOT)}")
+
+
+def stage_score(args: argparse.Namespace) -> None:
+    """Score the checkpoint's answers and the exported folder's features; write scores.json."""
+    state = torch.load(args.work / "vit.pt")
+    net = SceneNet().eval()
+    net.load_state_dict(state["average"])
+    model = ViTForImageClassification.from_pretrained(MODEL, local_files_only=True).eval()
+    painter = ScenePainter(args.font, args.seed)
+    scores = {
+        "new_scenes": scene_scores(net, painter, args.seed, 3000, held_out=False),
+        "held_out_combinations": scene_scores(net, painter, args.seed, 3000, held_out=True),
+        "digits": digits_scores(model, args.seed),
+        "training": {
+            "step": state["step"],
+            "pictures": state["step"] * state["config"]["batch"],
+            "process_s": round(state["process_s"]),
+            "config": state["config"],
+        },
+        "font": {"name": args.font.name, "sha256": sha256_of(args.font)},
+        "packages": {n: version(n) for n in ("torch", "transformers", "numpy", "pillow")},
+        "python": platform.python_version(),
+    }
+    DOCS.mkdir(parents=True, exist_ok=True)
+    (DOCS / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    draw_scenes(painter, np.random.default_rng([args.seed, 4]), DOCS)
+    print(json.dumps({k: scores[k] for k in list(scores)[:3]}, indent=1))
+
+
+STAGES = {"train": stage_train, "export": stage_export, "score": stage_score}
+
+
+def main() -> None:
+    """Run one stage, or all of them in order."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=("all", *STAGES))
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
+    parser.add_argument("--font", type=Path, required=True, help="NotoColorEmoji.ttf")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=VitTraining.steps)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    for name in STAGES if args.stage == "all" else [args.stage]:
+        torch.manual_seed(args.seed)
+        STAGES[name](args)
+
+
+if __name__ == "__main__":
+    main()
