@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 from snell_diffusion.errors import SnellaConfigError, SnellaValueError
 from snell_diffusion.tuners import delta_layers, delta_parameters
+from snell_diffusion.tuners.spt_adapter import (
+    SptAdapterConfig,
+    SptAdapterLayer,
+    SptAdapterNormLayer,
+)
 from snell_diffusion.tuners.spt_lora import SptLoraConfig, SptLoraLayer, SptLoraNormLayer
 from snell_diffusion.tuners.spt_selection import SptSelection, is_norm, select
 from tests.tuners.conftest import Family, family_named
@@ -316,3 +321,50 @@ def test_a_selection_survives_its_table():
     assert SptSelection.from_dict(found.to_dict()) == found
     assert found.count("encoder.layer.1.fc1.weight") == 3
     assert found.modules() == [f"encoder.layer.{n}" for n in ("0.fc1", "1.fc1", "1.fc2")]
+
+
+# SPT-Adapter
+
+
+def adapter_layer(key: str, **changes) -> SptAdapterLayer:
+    base = nn.Linear(6, 5).requires_grad_(False)
+    layer = SptAdapterLayer(base, "default", SptAdapterConfig(r=2, **changes), key=key).eval()
+    with torch.no_grad():
+        for name in layer.parts:
+            layer.held(name)["default"].normal_(generator=torch.Generator().manual_seed(5))
+    return layer
+
+
+@pytest.mark.parametrize(("key", "width"), [("attn.to_q", 5), ("attn.to_out.0", 6), ("fc2", 5)])
+def test_the_adapter_reads_the_output_and_at_the_attentions_output_the_input(key, width):
+    layer = adapter_layer(key, scale=0.5)
+    down, down_bias, up, up_bias = (layer.held(name)["default"] for name in layer.parts)
+    assert down.shape == (2, width)
+    x = torch.randn(3, 6)
+    y = layer.base_layer(x)
+    code = nn.functional.gelu((x if width == 6 else y) @ down.T + down_bias)
+    torch.testing.assert_close(layer(x), y + 0.5 * (code @ up.T + up_bias))
+    size = sum(layer.held(name)["default"].numel() for name in layer.parts)
+    assert SptAdapterConfig(r=2).module_size(key, 5, 6) == size
+
+
+def test_adapters_do_not_merge():
+    with pytest.raises(ValueError, match="SPT-Adapter cannot be merged: its adapters have a GELU"):
+        adapter_layer("fc1").merge()
+
+
+@MODELS
+def test_the_adapter_starts_as_the_base_and_trains(name):
+    family = family_named(name)
+    config = config_for(family, 2000, SptAdapterConfig)
+    model = inject_adapter_in_model(config, family.model()).eval()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert 1400 < trained < 2600
+    with torch.no_grad():
+        torch.testing.assert_close(family.run(model), family.run(family.base), rtol=1e-5, atol=1e-6)
+    stir(model, 0.05)
+    (loss,) = losses(family, model, 1)
+    loss.backward()
+    assert all(p.grad is not None for p in delta_parameters(model, "default").values())
+    for _, layer in delta_layers(model):
+        assert (layer.kind == "norm") == isinstance(layer, SptAdapterNormLayer)
