@@ -18,6 +18,7 @@ from snell_diffusion.adapters.state import layer_tensors, live_value
 from snell_diffusion.tuners import DeltaLayer, delta_layers
 from snell_diffusion.tuners.base import Places
 from snell_diffusion.tuners.qkv_guard import release
+from snell_diffusion.tuners.spt_selection import is_norm
 from snell_diffusion.tuners.traverse import unwrapped
 from snell_diffusion.tuners.weights import device_of, is_linear_like
 
@@ -78,16 +79,20 @@ def inject(model: nn.Module, config: Any, paths: Iterable[str], adapter_name: st
 
 
 def adaptable(module: nn.Module | None) -> Any:
-    """The Conv2d, Linear or Linear-like module that an update can be added to, inside of what
-    tuners have put around it; None if there is none."""
+    """The Conv2d, Linear, Linear-like module or norm that can be adapted, inside of what tuners
+    have put around it; None if there is none."""
     while isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
-    fits = module is not None and (isinstance(module, nn.Conv2d) or is_linear_like(module))
+    fits = module is not None and (
+        isinstance(module, nn.Conv2d) or is_linear_like(module) or is_norm(module)
+    )
     return module if fits else None
 
 
 def form_of(layer: Any) -> dict[str, Any]:
     """What a layer table says of a layer's form: kind, shape (O, I), and a kernel's size."""
+    if is_norm(layer):
+        return {"kind": "norm", "shape": [layer.weight.numel(), 1]}
     if not isinstance(layer, nn.Conv2d):
         return {"kind": "linear", "shape": [layer.out_features, layer.in_features]}
     per_output = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
@@ -105,9 +110,11 @@ def form_in(row: Layer) -> dict[str, Any]:
     return form if row.kernel is None else {**form, "kernel": row.kernel, "groups": row.groups}
 
 
-def blank(form: Mapping[str, Any]) -> nn.Linear | nn.Conv2d:
+def blank(form: Mapping[str, Any]) -> nn.Linear | nn.Conv2d | nn.LayerNorm:
     """A layer of a form, on the meta device and without bias."""
     out_features, in_features = form["shape"]
+    if form["kind"] == "norm":
+        return nn.LayerNorm(out_features, device="meta")
     if form["kind"] == "linear":
         return nn.Linear(in_features, out_features, bias=False, device="meta")
     kernel, groups = form["kernel"], form["groups"]
@@ -120,6 +127,7 @@ def zero_layer(form: Mapping[str, Any], device: torch.device | None = None) -> n
     layer = blank(form)
     zeros = torch.zeros((), device=device).expand(layer.weight.shape)
     layer.weight = nn.Parameter(zeros, requires_grad=False)
+    layer.bias = None
     return layer
 
 
@@ -128,10 +136,13 @@ def stand_in(layer: Any, share: bool) -> nn.Module:
 
     The zero is on the weight's device: PEFT moves the factors next to it.
     """
-    if not share:
-        return zero_layer(form_of(layer), device_of(layer))
-    twin = blank(form_of(layer))
-    twin.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
+    twin = zero_layer(form_of(layer), device_of(layer))
+    if share:
+        twin.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
+    bias = getattr(layer, "bias", None)
+    if isinstance(bias, Tensor):
+        zeros = bias.new_zeros(()).expand(bias.shape)
+        twin.bias = nn.Parameter(zeros, requires_grad=False)
     return twin
 
 

@@ -39,6 +39,11 @@ _CHOICES: dict[str, dict[str, tuple[str, ...] | None]] = {
 }
 
 
+def has_method_tensor(method: str) -> bool:
+    """Whether files carry the settings of a method as a tensor, too; those of 1.0 and 1.1 do."""
+    return method in _CHOICES
+
+
 def method_tensor(method: str, config: Mapping[str, Any], place: str) -> Tensor:
     """The settings of `_CHOICES` as numbers in parts, float32 [settings, 3].
 

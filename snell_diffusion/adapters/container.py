@@ -36,7 +36,12 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    # Since format 1.2: factors of few bits, and positions of single weights.
+    "U8": torch.uint8,
+    "I64": torch.int64,
 }
+POSITIONS = ("positions",)
+"""Last words of the names of tensors that hold positions."""
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _READ = {**DTYPES, "F64": torch.float64}  # of version 0, for the tensors of `is_version0` alone
 

@@ -1,10 +1,12 @@
 """What an adapter file holds, as data and as a page of text."""
 
+import math
 import os
 from typing import Any
 
 from snell_diffusion.adapters.read import AdapterFile, read_adapter
-from snell_diffusion.adapters.schema import Component, Layer, Tokens
+from snell_diffusion.adapters.rows import Layer
+from snell_diffusion.adapters.schema import Component, Tokens
 from snell_diffusion.errors import printable
 
 __all__ = ["inspect_adapter", "summary"]
@@ -49,27 +51,59 @@ def _words(tokens: Tokens) -> list[str]:
 
 
 def _component(name: str, part: Component, layers: bool) -> list[str]:
-    size = sum(row.shape[0] * row.shape[1] for row in part.layers.values())
-    kept = sum(row.kept for row in part.layers.values())
-    trained = sum(row.r * sum(row.shape) for row in part.layers.values())
     base = f"{part.base.model} {part.base.config_hash[:12]}" if part.base else "unknown base"
     settings = ", ".join(f"{key}={value}" for key, value in sorted(part.config.items()))
+    stored = "" if part.bits is None else f", stored in {part.bits} bits each"
     lines = [
         f"{name}: {part.method} on {base}",
-        f"  {len(part.layers)} layers, {trained:,} numbers in the factors, "
-        f"{kept:,} of {size:,} weights changed ({kept / size:.1%})",
+        f"  {len(part.layers)} layers, {numbers_of(part):,} numbers in the factors{stored}"
+        + _changed(part),
         f"  {settings}",
     ]
     if layers:
         width = max(len(path) for path in part.layers)
-        lines.append(f"  {'layer':<{width}}  {'[out, in]':>13}  sparsity  threshold  kept")
+        sparse = any(row.kept is not None for row in part.layers.values())
+        columns = "sparsity  threshold  kept" if sparse else "tensors"
+        lines.append(f"  {'layer':<{width}}  {'[out, in]':>13}  {columns}")
         lines += [
-            f"  {path:<{width}}  {row.shape!s:>13}  {row.sparsity:8.4f}  "
-            f"{'level' if row.threshold is None else f'{row.threshold:.3g}':>9}  "
-            f"{row.kept / (row.shape[0] * row.shape[1]):.1%}{_kernel(row)}"
+            f"  {path:<{width}}  {row.shape!s:>13}  {_row(row)}{_kernel(row)}"
             for path, row in part.layers.items()
         ]
     return lines
+
+
+def numbers_of(part: Component) -> int:
+    """How many numbers a component's factors hold."""
+    return sum(
+        sum(math.prod(shape) for shape in row.tensors.values())
+        if row.tensors is not None
+        else (row.r or 0) * sum(row.shape)
+        for row in part.layers.values()
+    )
+
+
+def kept_of(part: Component) -> tuple[int, int] | None:
+    """Entries that survive in all layers, and all entries; None where no layer has a level."""
+    rows = [row for row in part.layers.values() if row.kept is not None]
+    if not rows:
+        return None
+    return sum(row.kept or 0 for row in rows), sum(math.prod(row.shape) for row in rows)
+
+
+def _changed(part: Component) -> str:
+    found = kept_of(part)
+    if found is None:
+        return ""
+    kept, size = found
+    return f", {kept:,} of {size:,} weights changed ({kept / size:.1%})"
+
+
+def _row(row: Layer) -> str:
+    if row.tensors is not None:
+        return ", ".join(f"{name} {shape}" for name, shape in row.tensors.items()) or "shared"
+    threshold = "level" if row.threshold is None else f"{row.threshold:.3g}"
+    share = (row.kept or 0) / math.prod(row.shape)
+    return f"{row.sparsity:8.4f}  {threshold:>9}  {share:.1%}"
 
 
 def _kernel(row: Layer) -> str:

@@ -2,7 +2,7 @@
 
 import re
 
-FORMAT = "1.1"  # the newest that is read and written
+FORMAT = "1.2"  # the newest that is read and written
 PLAIN_FORMAT = "1.0"  # what is written where nothing needs a later one
 WEIGHTS_NAME = "pytorch_snella_weights.safetensors"
 
@@ -26,6 +26,9 @@ MAX_VECTORS = 32  # embeddings that one word stands for
 MAX_TOKENS = 256  # embeddings of all words
 MAX_KERNEL = 64  # rows or columns of a convolution's kernel
 MAX_SETTING = 256  # numbers of a layer's tensors other than its factors
+MAX_LAYER_TENSORS = 16  # of one layer, where the table lists them
+MAX_DIMENSIONS = 4  # of one tensor, where the table lists it
+MAX_UNPACKED = 2**30  # numbers of an adapter that a file packs into fewer bits
 
 # What a file must not change, whatever it says: it would switch off what the owner switched on.
 NEVER_ADAPTED = frozenset({"safety_checker"})
@@ -43,6 +46,7 @@ COMPONENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 # Dashes for Z-Image, whose embedders are called "2-1" after their patch sizes.
 MODULE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(?:\.[A-Za-z0-9_][A-Za-z0-9_-]*)*")
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+FIELD_TENSOR = re.compile(r"[a-z][A-Za-z0-9_]{0,63}")
 FIELD_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 # Brackets, so that no word is part of another or of ordinary text.
 WORD = re.compile(r"<[A-Za-z0-9][A-Za-z0-9_.-]{0,61}>")

@@ -28,11 +28,18 @@ from snell_diffusion.adapters.attach import (
     inject,
     remove_adapter,
     skeleton,
+    stand_in,
     uncollected,
     zero_layer,
 )
 from snell_diffusion.adapters.identity import config_hash
-from snell_diffusion.adapters.proportion import check_update, measured_update
+from snell_diffusion.adapters.inspect import numbers_of
+from snell_diffusion.adapters.proportion import (
+    check_filled,
+    check_update,
+    measured_update,
+    relative_change,
+)
 from snell_diffusion.adapters.read import AdapterFile
 from snell_diffusion.adapters.schema import Component, Layer
 from snell_diffusion.adapters.state import Components, config_from, layer_tensors, stored_shape
@@ -51,11 +58,11 @@ from snell_diffusion.errors import (
     quoted,
     shown,
 )
-from snell_diffusion.tuners import DeltaLayer, delta_layers
+from snell_diffusion.tuners import METHODS, DeltaLayer, delta_layers
 from snell_diffusion.tuners.bypass import BYPASSED, is_bypassed
 from snell_diffusion.tuners.qkv_guard import is_fused
 from snell_diffusion.tuners.traverse import every_module, unwrapped
-from snell_diffusion.tuners.weights import device_of
+from snell_diffusion.tuners.weights import device_of, has_plain_weight
 
 __all__ = ["LoadReport", "check_adapter_name", "load_adapter"]
 
@@ -105,6 +112,9 @@ class LoadReport:
                 for short, tensor in layer_tensors(layer, self.adapter_name).items()
                 if not short.endswith(settings)
             }
+            if not type(layer).alike:
+                largest = max(largest, relative_change(layer, self.adapter_name))
+                continue
             config = layer.configs[self.adapter_name]
             largest = max(largest, measured_update(layer.get_base_layer(), config, tensors))
         return largest
@@ -158,9 +168,9 @@ def load_adapter(
     matches = {
         name: _check_base(model, name, file, allow_other_base) for name, model in parts.items()
     }
-    bases = {name: _rehearse(model, name, file, adapter_name) for name, model in parts.items()}
-    for name, layers in bases.items():
-        _check_updates(layers, name, file, max_relative_update)
+    rehearsed = {name: _rehearse(model, name, file, adapter_name) for name, model in parts.items()}
+    for name, (layers, shadow) in rehearsed.items():
+        _check_updates(layers, shadow, name, file, max_relative_update)
     tokens = file.header.tokens
     if tokens is not None:
         check_tokens(
@@ -168,13 +178,12 @@ def load_adapter(
             *(allow_other_base, max_relative_update),
         )
     _commit(components, parts, file, adapter_name, tokenizers or {})
-    factors = [tensor for name, tensor in file.tensors.items() if name.endswith(("_A", "_B"))]
     return LoadReport(
         adapter_name=adapter_name,
         source=file.source,
         layers={name: len(part.layers) for name, part in file.header.components.items()},
         tensors=len(file.tensors),
-        parameters=sum(tensor.numel() for tensor in factors),
+        parameters=sum(map(numbers_of, file.header.components.values())),
         base_matches=matches,
         words=() if tokens is None else tuple(word.text for word in tokens.words),
         _live=tuple(
@@ -269,6 +278,8 @@ def _misfits(model: nn.Module, part: Component) -> str:
 
 def _form(form: Mapping[str, Any]) -> str:
     """A layer's form in words."""
+    if form["kind"] == "norm":
+        return f"a norm of {form['shape'][0]}"
     if form["kind"] == "linear":
         return f"[out, in] = {form['shape']}"
     height, width = form["kernel"]
@@ -277,14 +288,43 @@ def _form(form: Mapping[str, Any]) -> str:
 
 def _rehearse(
     model: nn.Module, component: str, file: AdapterFile, adapter_name: str
-) -> dict[str, nn.Module]:
+) -> tuple[dict[str, nn.Module], nn.Module | None]:
     """The base layers of one component's adapter, every name and shape checked.
 
-    On a skeleton with one layer of each form: layers of one form have the same tensors.
+    On a skeleton with one layer of each form, where layers of one form have the same tensors; with
+    one for every layer of methods where they have not. That skeleton comes back too, filled.
     """
     part = file.header.components[component]
     layers = _check_modules(model, component, part, file.source)
     config = config_from(part, f"{file.source}: header field 'components.{component}")
+    kind = METHODS[config.method].model.tuner_layer_cls
+    if kind.alike:
+        _rehearse_forms(part, component, file, config, adapter_name)
+        return layers, None
+    shadow = skeleton({p: stand_in(x, has_plain_weight(x)) for p, x in layers.items()})
+    try:
+        inject(shadow, config, layers, adapter_name)
+    except ValueError as error:
+        raise SnellaShapeError(
+            f"{file.source}: header field 'components.{component}': {error}; load the base it was "
+            "trained on"
+        ) from error
+    live = dict(delta_layers(shadow))
+    for path, row in part.layers.items():
+        tensors = file.by_layer.get(f"{component}.{path}", {})
+        place = f"{file.source}: layer {component}.{path}"
+        _check_tensors(layer_tensors(live[path], adapter_name), tensors, row, place)
+        try:
+            type(live[path]).check_stored(tensors, row.shape)
+        except ValueError as error:
+            raise SnellaValueError(f"{place}: {error}; use another checkpoint") from error
+        fill(live[path], adapter_name, tensors)
+    return layers, shadow
+
+
+def _rehearse_forms(
+    part: Component, component: str, file: AdapterFile, config: Any, adapter_name: str
+) -> None:
     firsts: dict[str, str] = {}
     for path, row in part.layers.items():
         firsts.setdefault(_form(form_in(row)), path)
@@ -293,19 +333,26 @@ def _rehearse(
     inject(shadow, config, leaves, adapter_name)
     live = {path: layer_tensors(layer, adapter_name) for path, layer in delta_layers(shadow)}
     for path, row in part.layers.items():
-        tensors = file.by_layer[f"{component}.{path}"]
+        tensors = file.by_layer.get(f"{component}.{path}", {})
         place = f"{file.source}: layer {component}.{path}"
         _check_tensors(live[firsts[_form(form_in(row))]], tensors, row, place)
-    return layers
 
 
 def _check_updates(
-    layers: Mapping[str, nn.Module], component: str, file: AdapterFile, bound: float
+    layers: Mapping[str, nn.Module],
+    shadow: nn.Module | None,
+    component: str,
+    file: AdapterFile,
+    bound: float,
 ) -> None:
     config = config_from(file.header.components[component], component)
-    for path, layer in layers.items():
+    if shadow is not None:
+        for path, layer in delta_layers(shadow):
+            check_filled(layer, bound, f"{file.source}: layer {component}.{path}")
+        return
+    for path, base in layers.items():
         name = f"{component}.{path}"
-        check_update(layer, config, file.by_layer[name], bound, f"{file.source}: layer {name}")
+        check_update(base, config, file.by_layer[name], bound, f"{file.source}: layer {name}")
 
 
 def _check_modules(
@@ -368,13 +415,14 @@ def _check_tensors(
             f"{shown(missing) or 'none'}, unknown: {shown(map(quoted, unknown)) or 'none'}; the "
             "file is incomplete or of another version: get it again, or upgrade snell_diffusion"
         )
+    sizes = "" if row.r is None else f" with r={row.r}, heads={row.heads}"
     for name, tensor in tensors.items():
         expected = stored_shape(name, live[name])
         if tensor.shape != expected:
             raise SnellaShapeError(
                 f"{place}: tensor {name!r}: expected shape {list(expected)} for a layer of "
-                f"{row.shape[1]} inputs and {row.shape[0]} outputs with r={row.r}, "
-                f"heads={row.heads}, got {list(tensor.shape)}; the file was changed after it was "
+                f"{row.shape[1]} inputs and {row.shape[0]} outputs{sizes}, got "
+                f"{list(tensor.shape)}; the file was changed after it was "
                 "written: get it again"
             )
 
@@ -397,8 +445,16 @@ def _commit(
             part = file.header.components[component]
             config = config_from(part, component)
             inject(model, config, part.layers, adapter_name)
+            filled = set()
             for path, layer in delta_layers(model, adapter_name):
-                fill(layer, adapter_name, file.by_layer[f"{component}.{path}"])
+                fill(layer, adapter_name, file.by_layer.get(f"{component}.{path}", {}))
+                filled.add(path)
+            if filled != set(part.layers):
+                raise SnellaKeyError(
+                    f"{file.source}: method {part.method} does not adapt "
+                    f"{shown(set(part.layers) - filled)} of {component}; load the base it was "
+                    "trained on"
+                )
         for model in components.values():
             activate(model, [adapter_name])
         if file.header.tokens is not None:

@@ -16,7 +16,7 @@ from snell_diffusion.adapters import limits
 from snell_diffusion.adapters.attach import fill, inject, is_shared, skeleton, stand_in
 from snell_diffusion.adapters.state import layer_tensors
 from snell_diffusion.errors import SnellaValueError
-from snell_diffusion.tuners import METHODS, delta_layers
+from snell_diffusion.tuners import METHODS, DeltaLayer, delta_layers
 from snell_diffusion.tuners.weights import has_plain_weight
 
 ROWS = 16  # every so many rows of a weight are looked at before all of them
@@ -61,7 +61,7 @@ def _shape(layer: Any) -> tuple[int, ...]:
 
 
 def _norm(weight: Tensor) -> float:
-    return float(torch.linalg.vector_norm(weight, dtype=torch.float32))
+    return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32))
 
 
 def measured_update(
@@ -86,6 +86,39 @@ def measured_update(
     return _relative_update(twin, bound, place)
 
 
+def relative_change(layer: DeltaLayer, adapter: str) -> float:
+    """|ΔW| / |W| of a live layer; 0 where W is quantized."""
+    base = layer.get_base_layer()
+    if not has_plain_weight(base) and layer.kind != "norm":
+        return 0.0
+    floor = limits.MIN_BASE_RMS * base.weight.numel() ** 0.5
+    return layer.update_size(adapter) / max(_norm(base.weight), floor)
+
+
+def check_filled(layer: DeltaLayer, bound: float, place: str) -> None:
+    """Refuse an adapter out of proportion in a stand-in of a layer, filled with its tensors.
+
+    Raises:
+        SnellaValueError: Its effect is larger than `bound` times the weight, or not finite.
+    """
+    (adapter,) = layer.configs
+    weight = layer.get_base_layer().weight
+    known = is_shared(weight) and weight.dim() > 0
+    rms = limits.MIN_BASE_RMS if known else limits.UNKNOWN_BASE_RMS
+    floor = rms * math.prod(weight.shape) ** 0.5
+    ratio = layer.update_size(adapter) / max(_norm(weight) if known else 0.0, floor)
+    if not ratio <= bound:
+        raise _too_large(place, bound, ratio)
+
+
+def _too_large(place: str, bound: float, ratio: float) -> SnellaValueError:
+    return SnellaValueError(
+        f"{place}: expected an update at most {bound:g} times as large as the weight it is added "
+        f"to, got {ratio:.3g} times; the file is damaged: use another checkpoint, or raise "
+        "max_relative_update"
+    )
+
+
 @torch.no_grad()
 def _relative_update(layer: Any, bound: float, place: str) -> float:
     delta = layer.get_delta_weight("measured")
@@ -103,9 +136,5 @@ def _relative_update(layer: Any, bound: float, place: str) -> float:
     norm = _norm(weight) if known else 0.0
     ratio = size / max(norm, floor)
     if not ratio <= bound:
-        raise SnellaValueError(
-            f"{place}: expected an update at most {bound:g} times as large as the weight it is "
-            f"added to, got {ratio:.3g} times; the file is damaged: use another checkpoint, or "
-            "raise max_relative_update"
-        )
+        raise _too_large(place, bound, ratio)
     return ratio if known else 0.0

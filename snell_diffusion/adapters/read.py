@@ -12,10 +12,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from snell_diffusion.adapters.bare import bare_header, method_settings
+from snell_diffusion.adapters.bare import bare_header, has_method_tensor, method_settings
 from snell_diffusion.adapters.container import (
     DTYPES,
     FETCH,
+    POSITIONS,
     Head,
     open_regular,
     parse_strict_json,
@@ -24,6 +25,8 @@ from snell_diffusion.adapters.container import (
 )
 from snell_diffusion.adapters.doubles import join_doubles
 from snell_diffusion.adapters.limits import MAX_FIELDS, MAX_SETTING, MAX_TENSORS
+from snell_diffusion.adapters.packing import packed_names, packed_shapes, unpack
+from snell_diffusion.adapters.rows import layer_shapes
 from snell_diffusion.adapters.schema import (
     DIGEST_KEY,
     HEADER_KEY,
@@ -134,9 +137,9 @@ def read_header(path: str | os.PathLike[str]) -> tuple[Header, Head]:
 def _from_stream(stream: BinaryIO, size: int, source: str) -> AdapterFile:
     head = read_head(stream, size, source)
     header = parse_header(head.metadata, source)
-    _check_tensor_names(header, head.entries, source)
     # Before the body is read: so it holds what the table accounts for and nothing more.
-    _check_shapes(header, {name: entry.shape for name, entry in head.entries.items()}, source)
+    _check_packed(header, head, source)
+    _check_table(header, {name: entry.shape for name, entry in head.entries.items()}, source)
     tensors = read_tensors(stream, head, source)
     expected = head.metadata[DIGEST_KEY]
     came = digest(head.metadata[HEADER_KEY], tensors)
@@ -147,6 +150,12 @@ def _from_stream(stream: BinaryIO, size: int, source: str) -> AdapterFile:
         )
     _check_finite(tensors, source)
     tensors = migrated(tensors, source)
+    for component, part in header.components.items():
+        if part.bits is not None:
+            unpacked = unpack(component, part, tensors, source)
+            blobs = packed_shapes(component, part, "")
+            tensors = {n: t for n, t in tensors.items() if n not in blobs} | unpacked
+    _check_finite(tensors, source)
     _check_values(header, tensors, source)
     return AdapterFile(header, tensors, source, came)
 
@@ -186,20 +195,72 @@ def _from_state_dict(state: Mapping[str, Any], source: str) -> AdapterFile:
             "dict as of snella_state_dict"
         )
     header = header_from(data, source)
-    _check_tensor_names(header, copies, source)
-    _check_shapes(header, {name: tuple(t.shape) for name, t in copies.items()}, source)
+    plain = {n: p.model_copy(update={"bits": None}) for n, p in header.components.items()}
+    header = header.model_copy(update={"components": plain})
+    _check_table(header, {name: tuple(t.shape) for name, t in copies.items()}, source)
     _check_values(header, copies, source)
     return AdapterFile(header, copies, source, None)
 
 
-def _check_tensor_names(header: Header, names: Mapping[str, Any], source: str) -> None:
+def _check_packed(header: Header, head: Head, source: str) -> None:
+    """Whole numbers are what packed factors are made of, and nothing else is."""
+    for component, part in header.components.items():
+        if part.bits is not None and not packed_names(part):
+            raise SnellaSchemaError(
+                f"{source}: header field 'components.{component}.bits': expected none of method "
+                f"{part.method!r}, whose tensors are not packed, got {part.bits}; {AGAIN}"
+            )
+    whole = {
+        f"{name}.{part.method}_codes"
+        for name, part in header.components.items()
+        if part.bits is not None
+    }
+    positions = {f"_{kind}" for kind in POSITIONS}
+    for name, entry in head.entries.items():
+        expected = "U8" if name in whole else None
+        if expected is None and any(name.endswith(kind) for kind in positions):
+            expected = "I64"
+        if (entry.dtype == "U8") != (expected == "U8") or (entry.dtype == "I64") != (
+            expected == "I64"
+        ):
+            raise SnellaFileError(
+                f"{source}: tensor {quoted(name, 200)}: expected {expected or 'floats'}, got "
+                f"{entry.dtype}; {AGAIN}"
+            )
+
+
+def _check_table(header: Header, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
     """A file may only hold tensors that its own layer table generates, and each layer some."""
-    methods = {f"{name}.{part.method}_method" for name, part in header.components.items()}
+    blobs: dict[str, tuple[int, ...]] = {}
+    for component, part in header.components.items():
+        if part.bits is not None:
+            place = f"{source}: header field 'components.{component}"
+            blobs |= packed_shapes(component, part, place)
+    for name, expected in blobs.items():
+        if shapes.get(name) != expected:
+            came = "nothing" if name not in shapes else list(shapes[name])
+            raise SnellaShapeError(
+                f"{source}: tensor '{name}': expected shape {list(expected)} by the layer table, "
+                f"got {came}; {AGAIN}"
+            )
+    rest = {name: shape for name, shape in shapes.items() if name not in blobs}
+    _check_tensor_names(header, rest, source)
+    _check_shapes(header, rest, source)
+
+
+def _check_tensor_names(header: Header, names: Mapping[str, Any], source: str) -> None:
+    methods = {
+        f"{name}.{part.method}_method"
+        for name, part in header.components.items()
+        if has_method_tensor(part.method)
+    }
     methods |= _word_shapes(header).keys()
     prefixes = {
         f"{name}.{path}": f"{part.method}_"
         for name, part in header.components.items()
-        for path in part.layers
+        if part.bits is None
+        for path, row in part.layers.items()
+        if row.tensors != {}
     }
     seen = set()
     strangers = []
@@ -238,32 +299,66 @@ def _name(tensor_name: str) -> str:
 def _check_shapes(header: Header, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
     """Factors have the layer's sizes; everything else is a handful of numbers."""
     for component, part in header.components.items():
+        if part.bits is not None:
+            continue
         for path, layer in part.layers.items():
-            stem, columns = f"{component}.{path}.{part.method}", layer.r // layer.heads
-            for short, features in (("A", layer.shape[1]), ("B", layer.shape[0])):
-                expected = (layer.heads, features, columns)
-                came = shapes.get(f"{stem}_{short}", expected)
+            stem = f"{component}.{path}"
+            if layer.tensors is not None:
+                _check_listed(stem, part.method, layer, shapes, source)
+                continue
+            wanted = layer_shapes(layer, part.config.get("kernel"))
+            for short in ("snella_A", "snella_B"):
+                expected = wanted[short]
+                came = shapes.get(f"{stem}.{short}", expected)
                 if came != expected:
                     raise SnellaShapeError(
-                        f"{source}: tensor '{stem}_{short}': expected shape {list(expected)} "
+                        f"{source}: tensor '{stem}.{short}': expected shape {list(expected)} "
                         "([heads, features, columns]) by the layer table, got "
                         f"{list(came)}; {AGAIN}"
                     )
     words = _word_shapes(header)
-    for name, wanted in words.items():
-        if shapes[name] != wanted:
+    for name, size in words.items():
+        if shapes[name] != size:
             raise SnellaShapeError(
-                f"{source}: tensor '{name}': expected shape {list(wanted)} ([embeddings, size]) by "
+                f"{source}: tensor '{name}': expected shape {list(size)} ([embeddings, size]) by "
                 f"the header's words, got {list(shapes[name])}; {AGAIN}"
             )
+    listed = {
+        f"{component}.{path}"
+        for component, part in header.components.items()
+        for path, layer in part.layers.items()
+        if layer.tensors is not None
+    }
     for name, shape in shapes.items():
-        if name in words:
+        if name in words or name.rpartition(".")[0] in listed:
             continue
         if not name.endswith(("_A", "_B")) and math.prod(shape) > MAX_SETTING:
             raise SnellaShapeError(
                 f"{source}: tensor {_name(name)!r}: expected a setting of at most {MAX_SETTING} "
                 f"numbers, got shape {list(shape)}; {AGAIN}"
             )
+
+
+def _check_listed(
+    stem: str, method: str, layer: Layer, shapes: Mapping[str, tuple[int, ...]], source: str
+) -> None:
+    """The tensors of a layer are exactly those that its row lists."""
+    assert layer.tensors is not None
+    head = f"{stem}.{method}_"
+    came = {name[len(stem) + 1 :]: shape for name, shape in shapes.items() if _of(name, head)}
+    wanted = {name: tuple(shape) for name, shape in layer.tensors.items()}
+    if came != wanted:
+        names = came.keys() | wanted.keys()
+        odd = sorted(name for name in names if came.get(name) != wanted.get(name))
+        raise SnellaShapeError(
+            f"{source}: tensor {_name(f'{stem}.{odd[0]}')!r}: expected "
+            f"{wanted.get(odd[0], 'none of that name')} by the layer table, got "
+            f"{came.get(odd[0], 'nothing')}; {AGAIN}"
+        )
+
+
+def _of(name: str, head: str) -> bool:
+    return name.startswith(head) and "." not in name[len(head) :]
 
 
 def _check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
@@ -280,6 +375,8 @@ def _check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
 def _check_values(header: Header, tensors: Mapping[str, Tensor], source: str) -> None:
     """What tensors and header both tell must agree."""
     for component, part in header.components.items():
+        if not has_method_tensor(part.method):
+            continue
         _check_method(component, part, tensors[f"{component}.{part.method}_method"], source)
         for path, layer in part.layers.items():
             for name, value in (("r", layer.r), ("heads", layer.heads)):

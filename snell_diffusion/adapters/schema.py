@@ -2,8 +2,9 @@
 
 The container's `__metadata__` holds three texts (and `format: pt`, which other tools expect):
 
-    snella.format   "1.0", or "1.1" where something needs it (see `_SINCE`); another major number
-                    is refused, unknown fields of a later minor number are ignored with one warning
+    snella.format   "1.0", or a later one where something needs it (see `_SINCE`); another major
+                    number is refused, unknown fields of a later minor number are ignored with one
+                    warning
     snella.header   JSON of `Header`, the only description of the tensors that is trusted
     snella.digest   "sha256:" + hex over the header text and every tensor (see `digest`)
 """
@@ -27,15 +28,20 @@ from torch import Tensor
 
 from snell_diffusion.adapters import limits
 from snell_diffusion.adapters.container import FETCH, parse_strict_json, tensor_bytes
+from snell_diffusion.adapters.rows import Layer, check_row, completed, row_data
 from snell_diffusion.errors import SnellaFileError, SnellaSchemaError, quoted, shown
+from snell_diffusion.tuners import METHODS
 
 FORMAT_KEY, HEADER_KEY, DIGEST_KEY = "snella.format", "snella.header", "snella.digest"
 
+_FIRST_METHOD = "snella"
+# What not every reader of format 1 has, and the format that brought it. A file of an earlier one
+# cannot have it, and one that has it says so: readers of before refuse it by name.
+_LATER = {"conv": "1.1", "tokens": "1.1", "packed": "1.2"}
+_OTHER_METHODS = "1.2"
 # What a reader of this version can compute. A writer lists what its adapter needs in `requires`.
-FEATURES = frozenset({"snella", "conv", "tokens"})
-# The format that brought a feature. A file of an earlier one cannot have it, and one that has it
-# says so: readers of before refuse it by name.
-_SINCE = {"conv": "1.1", "tokens": "1.1"}
+FEATURES = frozenset({*_LATER, *(method.stored_as for method in METHODS.values())})
+_SINCE = {feature: _LATER.get(feature, _OTHER_METHODS) for feature in FEATURES - {_FIRST_METHOD}}
 
 READING = f"the file is damaged or was not written by snell_diffusion: {FETCH}"
 WRITING = "nothing was written: change it and save again"
@@ -81,22 +87,6 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-class Layer(_Strict):
-    """One adapted module: kind, size, the factors' size, and what the threshold leaves of it."""
-
-    kind: Literal["linear", "conv2d"]
-    # [out features, in features]; of a convolution the flattened kernels of one output
-    shape: Annotated[list[int], Field(min_length=2, max_length=2)]
-    r: Annotated[int, Field(ge=1, le=limits.MAX_RANK)]  # columns of A and B, over all heads
-    heads: Annotated[int, Field(ge=1, le=limits.MAX_HEADS)]
-    sparsity: Annotated[float, Field(ge=0.0, le=1.0)]  # share of entries that are zero
-    threshold: Annotated[Finite, Field(ge=0.0)] | None  # magnitude; None: taken from the sparsity
-    kept: Annotated[int, Field(ge=0)]  # entries that survive
-    # Only of a convolution: kernel [height, width] and groups.
-    kernel: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
-    groups: Annotated[int, Field(ge=1, le=limits.MAX_FEATURES)] | None = None
-
-
 class Base(_Strict):
     """The model a component was trained on; `config_hash` as in `identity.config_hash`."""
 
@@ -110,6 +100,8 @@ class Component(_Strict):
     method: Text
     config: Annotated[dict[str, Setting], Field(max_length=128)]
     base: Base | None  # None: read from a bare state dict, which does not know it
+    # Bits per number of the factors, which then lie in one tensor for all layers (`packing`).
+    bits: Literal[1, 2, 4, 8] | None = None
     layers: Annotated[dict[str, Layer], Field(min_length=1, max_length=limits.MAX_LAYERS)]
 
 
@@ -168,17 +160,23 @@ class Header(_Strict):
         data = self.model_dump(by_alias=True)
         if data["tokens"] is None:
             del data["tokens"]
-        for part in data["components"].values():
-            for row in part["layers"].values():
-                if row["kind"] == "linear":
-                    del row["kernel"], row["groups"]
+        for name, part in self.components.items():
+            table = data["components"][name]
+            table["layers"] = {
+                path: row_data(row, packed=part.bits is not None)
+                for path, row in part.layers.items()
+            }
+            if part.bits is None:
+                del table["bits"]
         return data
 
     def features(self) -> set[str]:
         """What a reader must know to use the file."""
         parts = self.components.values()
         kinds = {row.kind for part in parts for row in part.layers.values()}
-        return features_of({part.method for part in parts}, kinds, self.tokens is not None)
+        packed = any(part.bits is not None for part in parts)
+        methods = {part.method for part in parts}
+        return features_of(methods, kinds, self.tokens is not None, packed)
 
     def to_json(self) -> str:
         """The text that goes into a file: compact, numbers exact, layers in the model's order."""
@@ -300,8 +298,22 @@ def header_from(
             stacklevel=4,
         )
         return header
+    header = _completed(header)
     _check_names(header, source, hint)
     return header
+
+
+def _completed(header: Header) -> Header:
+    """With what rows of packed components leave to the settings."""
+    parts = {
+        name: part
+        if part.bits is None
+        else part.model_copy(
+            update={"layers": {p: completed(row, part.config) for p, row in part.layers.items()}}
+        )
+        for name, part in header.components.items()
+    }
+    return header.model_copy(update={"components": parts})
 
 
 # Our own words, not pydantic's, which may change with its version; {x} comes from its context.
@@ -364,7 +376,8 @@ def _check_names(header: Header, source: str, hint: str) -> None:
     for component, part in header.components.items():
         for path, layer in part.layers.items():
             _match(limits.MODULE_PATH, path, f"components.{component}.layers", source, hint)
-            _check_row(layer, f"{source}: header field 'components.{component}.layers.{path}", hint)
+            place = f"{source}: header field 'components.{component}.layers.{path}"
+            check_row(layer, part.method, place, hint)
     if header.tokens is not None:
         _check_tokens(header.tokens, source, hint)
     _check_needed(header, source, hint)
@@ -406,9 +419,9 @@ def _check_needed(header: Header, source: str, hint: str) -> None:
             )
 
 
-def features_of(methods: Set[str], kinds: Set[str], words: bool) -> set[str]:
+def features_of(methods: Set[str], kinds: Set[str], words: bool, packed: bool = False) -> set[str]:
     """What a reader must know: the methods, and what not every reader of the format has."""
-    later = {"conv": "conv2d" in kinds, "tokens": words}
+    later = {"conv": "conv2d" in kinds, "tokens": words, "packed": packed}
     return {*methods, *(feature for feature, used in later.items() if used)}
 
 
@@ -425,45 +438,6 @@ def format_for(features: set[str]) -> str:
         key=version_of,
         default=limits.PLAIN_FORMAT,
     )
-
-
-def _check_row(layer: Layer, place: str, hint: str) -> None:
-    if not all(1 <= size <= limits.MAX_FEATURES for size in layer.shape):
-        raise SnellaSchemaError(
-            f"{place}.shape': expected sizes from 1 to {limits.MAX_FEATURES:,}, got "
-            f"{quoted(layer.shape)}; {hint}"
-        )
-    extent = {layer.kernel is None, layer.groups is None}
-    if extent != {layer.kind == "linear"}:
-        raise SnellaSchemaError(
-            f"{place}.kernel': expected kernel and groups of a conv2d, and of nothing else, got "
-            f"{layer.kernel} and {layer.groups} with kind {layer.kind!r}; {hint}"
-        )
-    if layer.kernel is not None:
-        height, width = layer.kernel
-        fits = all(1 <= size <= limits.MAX_KERNEL for size in layer.kernel)
-        if not fits or layer.shape[1] % (height * width) or layer.shape[0] % (layer.groups or 1):
-            raise SnellaSchemaError(
-                f"{place}.kernel': expected sizes from 1 to {limits.MAX_KERNEL} whose product "
-                f"divides the inputs, and groups that divide the outputs, of shape {layer.shape}, "
-                f"got {quoted(layer.kernel)} and {layer.groups}; {hint}"
-            )
-    distances = layer.heads * layer.shape[0] * layer.shape[1]
-    if distances > limits.MAX_DISTANCES:
-        raise SnellaSchemaError(
-            f"{place}.shape': expected at most {limits.MAX_DISTANCES:,} as product of sizes and "
-            f"heads, all of which memory must hold, got {distances:,} ({layer.shape}, "
-            f"heads={layer.heads}); {hint}"
-        )
-    if layer.r % layer.heads:
-        raise SnellaSchemaError(
-            f"{place}.heads': expected a divisor of r={layer.r}, got {layer.heads}; {hint}"
-        )
-    if layer.kept > layer.shape[0] * layer.shape[1]:
-        raise SnellaSchemaError(
-            f"{place}.kept': expected at most {layer.shape[0] * layer.shape[1]}, the entries of "
-            f"shape {layer.shape}, got {quoted(layer.kept)}; {hint}"
-        )
 
 
 def _match(pattern: Any, name: str, field: str, source: str, hint: str) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from snell_diffusion.adapters.container import FETCH
 from snell_diffusion.adapters.doubles import join_doubles, split_doubles
 from snell_diffusion.adapters.schema import Component
+from snell_diffusion.core.quantize import decode, encode
 from snell_diffusion.errors import SnellaConfigError, SnellaKeyError, quoted, shown
-from snell_diffusion.tuners import DeltaLayer, delta_layers
+from snell_diffusion.tuners import DeltaLayer, SnellaConfig, delta_layers
 
 Components = Mapping[str, nn.Module]
 
@@ -30,6 +31,7 @@ _NOT_SAVED = {
     "modules_to_save",
     "peft_type",
     "peft_version",
+    "quantized",
     "revision",
     "target_modules",
     "task_type",
@@ -79,11 +81,11 @@ def adapter_state(
     """A copy of one adapter's tensors on the CPU as a file holds them: float32, levels in parts.
 
     A threshold of NaN means "taken from the sparsity level"; it is left out, as every tensor of an
-    adapter is finite.
+    adapter is finite. Factors of few bits have the values that the bits stand for.
 
     Args:
-        dtype: Storage of the factor matrices; None is float32. With a 16-bit dtype thresholds are
-            left out too: they belong to the unrounded factors.
+        dtype: Storage of the factor matrices; None is float32. With a 16-bit dtype, or few bits,
+            thresholds are left out too: they belong to the unrounded factors.
 
     Raises:
         SnellaKeyError: No layer has an adapter of that name.
@@ -91,13 +93,22 @@ def adapter_state(
     """
     state: dict[str, Tensor] = {}
     for component, path, layer in adapter_layers(components, adapter_name):
+        bits = bits_to_pack(layer.configs[adapter_name])
         for short, tensor in layer_tensors(layer, adapter_name).items():
-            if short.endswith("_threshold") and (bool(tensor.isnan()) or dtype is not None):
+            if short.endswith("_threshold") and (
+                bool(tensor.isnan()) or dtype is not None or bits is not None
+            ):
                 continue
             name = f"{component}.{path}.{short}"
             tensor = tensor.detach().to("cpu")
             if is_double(short):
                 state[name] = split_doubles(tensor, f"{name} of adapter {adapter_name!r}")
+                continue
+            if not tensor.is_floating_point():
+                state[name] = tensor.to(torch.int64, copy=True)
+                continue
+            if bits is not None and short in type(layer).packed_names:
+                state[name] = decode(*encode(tensor.float(), bits), bits, tensor.shape)
                 continue
             narrow = dtype if tensor.dim() > 1 else None
             state[name] = tensor.to(dtype=narrow or torch.float32, copy=True)
@@ -107,6 +118,15 @@ def adapter_state(
             f"{adapter_name!r}; loaded: {shown(adapter_names(components)) or 'none'}"
         )
     return state
+
+
+def bits_to_pack(config: Any) -> int | None:
+    """How many bits per number the factors are stored in; None for plain floats.
+
+    Those that came out of a file are final: a second rounding would change them.
+    """
+    bits = getattr(config, "bits", 32)
+    return bits if bits < 32 and not config.quantized else None
 
 
 def adapter_names(components: Components) -> list[str]:
@@ -121,13 +141,18 @@ def adapter_names(components: Components) -> list[str]:
 
 
 def layer_row(layer: Any, adapter_name: str) -> dict[str, Any]:
-    """One row of the layer table (`schema.Layer`) for a delta layer with sparsity levels."""
+    """One row of the layer table (`rows.Layer`)."""
     config = layer.configs[adapter_name]
-    stored = layer_tensors(layer, adapter_name).get(f"{_prefix(config)}threshold")
-    threshold = None if stored is None or bool(stored.isnan()) else float(stored)
+    tensors = layer_tensors(layer, adapter_name)
+    row = {**_kind_row(layer), "shape": [layer.out_features, layer.in_features]}
+    if not isinstance(config, SnellaConfig):
+        shapes = {short: list(tensor.shape) for short, tensor in sorted(tensors.items())}
+        return {**row, "tensors": shapes}
+    stored = tensors.get(f"{_prefix(config)}threshold")
+    plain = bits_to_pack(config) is None
+    threshold = None if stored is None or bool(stored.isnan()) or not plain else float(stored)
     return {
-        **_kind_row(layer),
-        "shape": [layer.out_features, layer.in_features],
+        **row,
         "r": layer.r[adapter_name],
         "heads": config.heads,
         "sparsity": layer.sparsity(adapter_name),
@@ -137,8 +162,8 @@ def layer_row(layer: Any, adapter_name: str) -> dict[str, Any]:
 
 
 def _kind_row(layer: Any) -> dict[str, Any]:
-    if layer.kind == "linear":
-        return {"kind": "linear"}
+    if layer.kind != "conv2d":
+        return {"kind": layer.kind}
     conv = layer.get_base_layer()
     return {"kind": layer.kind, "kernel": list(conv.kernel_size), "groups": conv.groups}
 
@@ -159,7 +184,10 @@ def config_row(config: Any) -> dict[str, Any]:
     row = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in _NOT_SAVED:
+        if field.name in _NOT_SAVED or field.name in config.not_saved:
+            continue
+        # Readers of before know no such setting, and at its default they need not.
+        if field.name in config.later and value == field.default:
             continue
         if isinstance(value, (set, frozenset, tuple)):
             value = sorted(value) if isinstance(value, (set, frozenset)) else list(value)
@@ -185,7 +213,8 @@ def config_from(component: Component, place: str) -> Any:
             f"{place}.method': expected one of {known}, got "
             f"{quoted(component.method)}; upgrade snell_diffusion"
         )
-    known_fields = {field.name for field in dataclasses.fields(method.config)} - _NOT_SAVED
+    known_fields = {field.name for field in dataclasses.fields(method.config)}
+    known_fields -= _NOT_SAVED | set(method.config.not_saved)
     unknown = set(component.config) - known_fields
     if unknown:
         raise SnellaConfigError(
@@ -193,10 +222,9 @@ def config_from(component: Component, place: str) -> Any:
             f"{shown(map(quoted, unknown))} (known: {shown(known_fields, 40)}); upgrade "
             "snell_diffusion, or have the file saved without them"
         )
+    shapes = {path: row.tensors or {} for path, row in component.layers.items()}
     try:
-        return method.config(
-            **component.config, target_modules=list(component.layers), inference_mode=True
-        )
+        return method.config.stored(component.config, shapes)
     except (TypeError, ValueError) as error:
         raise SnellaConfigError(
             f"{place}.config': {error}; the file is damaged or was not written by "

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from snell_diffusion.adapters import limits
 from snell_diffusion.adapters.atomic import write_atomic
-from snell_diffusion.adapters.bare import method_tensor
+from snell_diffusion.adapters.bare import has_method_tensor, method_tensor
 from snell_diffusion.adapters.container import encode
 from snell_diffusion.adapters.identity import config_hash
+from snell_diffusion.adapters.packing import pack
 from snell_diffusion.adapters.schema import (
     DIGEST_KEY,
     FORMAT_KEY,
@@ -28,8 +29,10 @@ from snell_diffusion.adapters.state import (
     Components,
     adapter_layers,
     adapter_state,
+    bits_to_pack,
     config_row,
     layer_row,
+    layer_tensors,
     method_name,
 )
 from snell_diffusion.adapters.tokens import describe_tokens
@@ -91,6 +94,7 @@ def adapter_file_bytes(
 ) -> bytes:
     """The file of `save_adapter` as bytes; equal adapters give equal bytes."""
     header, tensors = describe(components, adapter_name, metadata, base, dtype)
+    tensors = _packed(components, adapter_name, header, tensors)
     text = header.to_json()
     if text.count(",") >= limits.MAX_FIELDS:  # as the reader counts them
         raise SnellaSchemaError(
@@ -104,6 +108,26 @@ def adapter_file_bytes(
         DIGEST_KEY: digest(text, tensors),
     }
     return encode(tensors, texts)
+
+
+def _packed(
+    components: Components, adapter_name: str, header: Header, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors as the file holds them: factors of few bits packed, from the latents."""
+    parts = {name: part for name, part in header.components.items() if part.bits is not None}
+    latents = {
+        f"{component}.{path}.{short}": tensor.detach()
+        for component, path, layer in adapter_layers(components, adapter_name)
+        if component in parts
+        for short, tensor in layer_tensors(layer, adapter_name).items()
+        if short in type(layer).packed_names
+    }
+    for component, part in parts.items():
+        packed = pack(component, part, tensors | latents)
+        layers = {f"{component}.{path}" for path in part.layers}
+        rest = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in layers}
+        tensors = rest | packed
+    return tensors
 
 
 def state_with_header(
@@ -141,15 +165,19 @@ def describe(
                 "layers before it; one adapter has one config per component"
             )
         row = layer_row(layer, adapter_name)
-        parts[component]["layers"][path] = row if narrow is None else {**row, "threshold": None}
+        if narrow is not None and "threshold" in row:
+            row["threshold"] = None
+        parts[component]["layers"][path] = row
     for component, part in parts.items():
-        tensors[f"{component}.{part['method']}_method"] = method_tensor(
-            part["method"], part["config"], f"adapter {adapter_name!r}"
-        )
+        if has_method_tensor(part["method"]):
+            tensors[f"{component}.{part['method']}_method"] = method_tensor(
+                part["method"], part["config"], f"adapter {adapter_name!r}"
+            )
     tokens, rows = describe_tokens(components, adapter_name)
     tensors |= rows
     kinds = {row["kind"] for part in parts.values() for row in part["layers"].values()}
-    features = features_of({part["method"] for part in parts.values()}, kinds, bool(tokens))
+    packed = any(part["bits"] is not None for part in parts.values())
+    features = features_of({p["method"] for p in parts.values()}, kinds, bool(tokens), packed)
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise SnellaValueError(
@@ -191,5 +219,6 @@ def _component(model: nn.Module, config: Any) -> dict[str, Any]:
         "method": method_name(config),
         "config": config_row(config),
         "base": {"class": type(model).__name__, "config_hash": config_hash(model)},
+        "bits": bits_to_pack(config),
         "layers": {},
     }

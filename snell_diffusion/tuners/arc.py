@@ -83,6 +83,7 @@ class ArcLayer(TransformLayer):
     """
 
     adapter_layer_names = ("arc_U", "arc_s", "arc_b")
+    alike = False  # only the first of those that share holds what they share
     other_param_names = (*DeltaLayer.other_param_names, "lenders")
 
     arc_U: PreciseParameterDict

@@ -3,9 +3,9 @@
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
@@ -46,6 +46,11 @@ class DeltaConfig(PeftConfig):
     """Which layers the paper adapts, by `roles.ROLES`; None: all that a model's family names."""
     fixed: ClassVar[tuple[str, ...]] = ()
     """Fields that make the method what it is: they stay at their defaults."""
+    not_saved: ClassVar[tuple[str, ...]] = ()
+    """Fields that adapter files do not hold: they follow from the layers' tensors."""
+    later: ClassVar[tuple[str, ...]] = ()
+    """Fields that the first version of the method did not have: files hold them where they differ
+    from their defaults."""
 
     r: int = field(
         default=32, metadata={"help": "rank: numbers per input and per output feature, 1 or more"}
@@ -104,6 +109,22 @@ class DeltaConfig(PeftConfig):
             raise SnellaConfigError(
                 f"modules_to_save must be a list of module names, got {self.modules_to_save!r}"
             )
+
+    @classmethod
+    def stored(
+        cls, settings: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]
+    ) -> Self:
+        """The config of an adapter that a file holds.
+
+        Args:
+            settings: Fields as the file has them.
+            shapes: By the path of every adapted module, the shapes of its tensors by short name;
+                none for methods whose shapes follow from the settings.
+
+        Raises:
+            SnellaConfigError: A value is out of range.
+        """
+        return cls(**settings, target_modules=list(shapes), inference_mode=True)
 
 
 class Places(dict[str, Tensor]):

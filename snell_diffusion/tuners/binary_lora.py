@@ -49,6 +49,7 @@ class BinaryLoraLayer(DeltaLayer):
     """A Linear with Bi-LoRA updates. Dropout drops numbers of the code q(down) x, not inputs."""
 
     adapter_layer_names = ("binary_lora_down", "binary_lora_up")
+    packed_names = adapter_layer_names
 
     binary_lora_down: PreciseParameterDict
     binary_lora_up: PreciseParameterDict

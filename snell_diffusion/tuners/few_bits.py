@@ -5,7 +5,9 @@ Bi-adapters (arXiv:2307.16867).
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -47,6 +49,14 @@ class FewBitsConfig(DeltaConfig):
             expected = ", ".join(map(str, known))
             raise SnellaConfigError(f"bits must be one of {expected}, got {self.bits!r}")
         check_bool("quantized", self.quantized)
+
+    @classmethod
+    def stored(
+        cls, settings: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]
+    ) -> Self:
+        # Files hold the values that the bits stand for, whether they are packed or not.
+        final = settings.get("bits", FLOAT_BITS) != FLOAT_BITS
+        return super().stored({**settings, "quantized": final}, shapes)
 
     @property
     def latent(self) -> bool:

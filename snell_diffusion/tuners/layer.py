@@ -87,6 +87,10 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         "trained_sparsity",
     )
     kind = "linear"
+    packed_names: tuple[str, ...] = ()
+    """Containers of factors that files may hold in few bits per number (a config's `bits`)."""
+    alike = True
+    """Whether layers of one form have tensors of the same shapes, whatever the others are."""
     stock: type[nn.Module] = nn.Linear
     fold_16bit: bool | Literal["auto"] = "auto"
     cache_in_eval: bool | Literal["auto"] = "auto"
@@ -198,6 +202,18 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """
         return math.inf
 
+    @classmethod
+    def check_stored(cls, tensors: Mapping[str, Tensor], shape: Sequence[int]) -> None:
+        """Refuse values that no layer of the method has, such as positions out of range.
+
+        Args:
+            tensors: What a file holds of one layer, by container; shapes are checked already.
+            shape: (O, I) of the layer.
+
+        Raises:
+            ValueError: Tells the tensor, what was expected and what came.
+        """
+
     def on_training_forward(self, adapter: str) -> None:
         """Called before an update that will be differentiated."""
 
@@ -301,6 +317,11 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """
         fn, params = self._combined((adapter,))
         return fn(*params)
+
+    def update_size(self, adapter: str) -> float:
+        """Frobenius norm of an adapter's update as it is applied."""
+        with torch.no_grad(), self._onloaded():
+            return float(torch.linalg.vector_norm(self.get_delta_weight(adapter)))
 
     def _applicable(self) -> tuple[str, ...]:
         return tuple(name for name in self.active_adapters if name in self.configs)

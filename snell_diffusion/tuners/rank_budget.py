@@ -31,7 +31,7 @@ class RankBudget:
         self._models = dict(models)
         self._adapter = adapter
         self._configs: dict[str, Any] = {
-            name: part.peft_config[adapter]  # type: ignore[index,union-attr]
+            name: part.peft_config[adapter]  # type: ignore[index]
             for name, part in self._models.items()
         }
         self._allocators = {

@@ -9,6 +9,7 @@ import pkgutil
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from types import MappingProxyType
+from typing import Any
 
 import peft.mapping
 from packaging.version import Version
@@ -50,14 +51,14 @@ class Method:
     """
 
     name: str
-    config: type
-    model: type
+    config: Any
+    model: Any
     summary: str = ""
 
     @property
     def prefix(self) -> str:
         """What its tensors' names begin with."""
-        return str(self.model.prefix)  # type: ignore[attr-defined]
+        return str(self.model.prefix)
 
     @property
     def prefixes(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from snell_diffusion.core.bounds import update_bound
 from snell_diffusion.tuners.base import DeltaConfig, DeltaModel
 from snell_diffusion.tuners.containers import PreciseBufferDict, PreciseParameterDict
 from snell_diffusion.tuners.conv import ConvLayer
+from snell_diffusion.tuners.few_bits import used
 from snell_diffusion.tuners.layer import DeltaLayer
 from snell_diffusion.tuners.registry import Method
 from snell_diffusion.tuners.snella_config import SIGN, SnellaConfig
@@ -70,9 +71,13 @@ class SnellaLayer(DeltaLayer):
     zeros; `snella_threshold`, float32, the magnitude to use in its place, or NaN to compute it from
     the level. A stored threshold makes the mask the same on every device; the first differentiated
     forward in training mode drops it, since it belongs to the factors it was computed from.
+
+    With fewer `bits` than 32, A and B are latents: every forward pass uses the levels nearest to
+    them (`core.quantize`), straight through for gradients, and files hold those.
     """
 
     adapter_layer_names = ("snella_A", "snella_B", "snella_alpha", "snella_gamma", "snella_beta")
+    packed_names = ("snella_A", "snella_B")
     other_param_names = (
         *DeltaLayer.other_param_names,
         *("snella_signs", "snella_sparsity", "snella_threshold", "_levels"),
@@ -116,11 +121,13 @@ class SnellaLayer(DeltaLayer):
         self.snella_threshold[adapter] = torch.tensor(math.nan, dtype=torch.float32)
 
     def delta_params(self, adapter: str) -> tuple[Tensor, ...]:
-        return tuple(
+        A, B, *scalars = (
             container[adapter]
             for container in (getattr(self, name) for name in self.adapter_layer_names)
             if adapter in container
         )
+        config = self._require(adapter)
+        return used(A, config), used(B, config), *scalars
 
     def delta_state(self, adapter: str) -> tuple[Tensor, ...]:
         return (

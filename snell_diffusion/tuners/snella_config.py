@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 from snell_diffusion.core import KERNELS, LIVE_AT_ZERO, METRICS, RULES
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.tuners.base import (
-    DeltaConfig,
     check_bool,
     check_choice,
     check_int,
     check_number,
+    config_field,
 )
+from snell_diffusion.tuners.few_bits import FLOAT_BITS, FewBitsConfig
 
 __all__ = ["ALLOCATION", "DIFFUSION", "INITS", "SIGN", "VISION", "SnellaConfig"]
 
@@ -27,7 +28,7 @@ ALLOCATION = (
 
 
 @dataclass
-class SnellaConfig(DeltaConfig):
+class SnellaConfig(FewBitsConfig):
     """Settings of SNELLA; start from `SnellaConfig.paper()` or `SnellaConfig.diffusion()`.
 
     A fresh adapter moves no weight by more than `max_fresh_update`: 0 with init "identity"; with
@@ -38,6 +39,9 @@ class SnellaConfig(DeltaConfig):
     method: ClassVar[str] = "SNELLA"
     competes: ClassVar[bool] = True
     """Whether layers compete for a common budget while training."""
+    later: ClassVar[tuple[str, ...]] = ("bits",)
+
+    bits: int = config_field(FewBitsConfig, "bits", FLOAT_BITS)
 
     heads: int = field(default=2, metadata={"help": "kernels of alternating sign; must divide r"})
     kernel: str = field(

@@ -5,6 +5,7 @@ no matrix can (adapters with an activation). They wrap, switch, scale and load l
 method; what they do in a call, and what merging writes, is their own.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,13 +81,23 @@ class TransformLayer(DeltaLayer):
         raise ValueError(f"{type(self).__name__} adds no matrix to the weight")
 
     def update_size(self, adapter: str) -> float:
-        """Frobenius norm of what merging would add to the weight, scale included."""
-        weight = self.get_base_layer().weight
+        """Frobenius norm of what merging would add to the weight, scale included.
+
+        Of methods that cannot be merged, a bound on their effect in place of it: the product of
+        their matrices' norms, and the norms of their vectors.
+        """
         with torch.no_grad(), self._onloaded():
+            if not self.mergeable:
+                norms = [(p.dim(), float(p.norm())) for p in self.delta_params(adapter)]
+                matrices = [norm for dim, norm in norms if dim > 1]
+                vectors = sum(norm for dim, norm in norms if dim <= 1)
+                product = math.prod(matrices) if matrices else 0.0
+                return abs(self.scaling[adapter]) * (product + vectors)
+            weight = self.get_base_layer().weight.detach()
             merged = self.merged_parameters((adapter,)).get("weight")
-        if merged is None:
-            return 0.0
-        return float(torch.linalg.vector_norm(merged - weight.to(merged.dtype)))
+            if merged is None:
+                return 0.0
+            return float(torch.linalg.vector_norm(merged - weight.to(merged.dtype)))
 
     # Forward
 

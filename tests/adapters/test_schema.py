@@ -45,7 +45,7 @@ def test_another_major_version_is_refused(version: str, adapter_bytes: bytes) ->
 @pytest.mark.parametrize("version", ["", "1", "one.zero", "1.0.0", "1.²"])
 def test_a_version_that_is_none_is_refused(version: str, adapter_bytes: bytes) -> None:
     with pytest.raises(
-        SnellaSchemaError, match=r"'snella.format': expected a version such as '1.1'"
+        SnellaSchemaError, match=r"'snella.format': expected a version such as '1.2'"
     ):
         read_adapter(rebuilt(adapter_bytes, version=version))
 
@@ -63,15 +63,15 @@ def add_unknown(header: dict[str, Any]) -> None:
 def test_unknown_fields_of_a_later_minor_version_cost_one_warning(adapter_bytes: bytes) -> None:
     def change(header: dict[str, Any]) -> None:
         add_unknown(header)
-        header["format"] = "1.2"
+        header["format"] = "1.3"
 
     with pytest.warns(UserWarning, match=rf"ignored: components.unet.layers.{LAYER}.colour, nov"):
-        file = read_adapter(rebuilt(adapter_bytes, change, version="1.2"))
+        file = read_adapter(rebuilt(adapter_bytes, change, version="1.3"))
     assert "novelty" not in json.loads(file.header.to_json())
 
 
 def test_unknown_fields_of_this_version_are_refused(adapter_bytes: bytes) -> None:
-    with pytest.raises(SnellaSchemaError, match=r"format 1.1 has no such field"):
+    with pytest.raises(SnellaSchemaError, match=r"format 1.2 has no such field"):
         read_adapter(rebuilt(adapter_bytes, add_unknown))
 
 

@@ -91,7 +91,7 @@ def test_saved_text_reads_back_to_an_equal_config(tmp_path: Path) -> None:
         (["--learning_rate", "0"], r"learning_rate should be greater than 0, got 0.0"),
         (["--learning_rate", "nan"], r"learning_rate should be a finite number, got nan"),
         (["--learning_rate", "x"], r"--learning_rate.*: invalid float value: 'x'"),
-        (["--method", "dora"], r"argument --method: invalid choice: 'dora'"),
+        (["--method", "lokr"], r"argument --method: invalid choice: 'lokr'"),
         (["--resolution", "60"], r"resolution must be a multiple of 8 pixels, got 60"),
         (["--ema_decay", "1"], r"ema_decay should be less than 1, got 1.0"),
         (["--with_prior_preservation"], r"with_prior_preservation needs class_prompt"),
