@@ -2,7 +2,7 @@
 
     python scripts/train_embedded_vit.py all --work runs/embedded_vit --font NotoColorEmoji.ttf
 
-Stages: train (35 min of one core), export, score (1 min). Training resumes from its checkpoint, and
+Stages: train (18 min of one core), export, score (1 min). Training resumes from its checkpoint, and
 export takes whatever that holds, so that a snapshot can be exported while training goes on.
 """
 
@@ -17,7 +17,7 @@ import torch
 from embedded_base.data import sha256_of
 from embedded_vit.export import assemble, export
 from embedded_vit.painter import ScenePainter
-from embedded_vit.scoring import digits_scores, draw_scenes, scene_scores
+from embedded_vit.scoring import digits_scores, draw_scenes, scene_scores, sheet_scores
 from embedded_vit.training import SceneNet, VitTrainer, VitTraining
 from transformers import ViTForImageClassification
 
@@ -46,9 +46,12 @@ def stage_score(args: argparse.Namespace) -> None:
     net.load_state_dict(state["average"])
     model = ViTForImageClassification.from_pretrained(MODEL, local_files_only=True).eval()
     painter = ScenePainter(args.font, args.seed)
+    DOCS.mkdir(parents=True, exist_ok=True)
+    sheet = draw_scenes(painter, np.random.default_rng([args.seed, 4]), DOCS)
     scores = {
         "new_scenes": scene_scores(net, painter, args.seed, 3000, held_out=False),
         "held_out_combinations": scene_scores(net, painter, args.seed, 3000, held_out=True),
+        "sheet": sheet_scores(model, sheet),
         "digits": digits_scores(model, args.seed),
         "training": {
             "step": state["step"],
@@ -56,14 +59,13 @@ def stage_score(args: argparse.Namespace) -> None:
             "process_s": round(state["process_s"]),
             "config": state["config"],
         },
+        "model_sha256": sha256_of(MODEL / "model.safetensors"),
         "font": {"name": args.font.name, "sha256": sha256_of(args.font)},
         "packages": {n: version(n) for n in ("torch", "transformers", "numpy", "pillow")},
         "python": platform.python_version(),
     }
-    DOCS.mkdir(parents=True, exist_ok=True)
     (DOCS / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
-    draw_scenes(painter, np.random.default_rng([args.seed, 4]), DOCS)
-    print(json.dumps({k: scores[k] for k in list(scores)[:3]}, indent=1))
+    print(json.dumps({k: scores[k] for k in list(scores)[:4]}, indent=1))
 
 
 STAGES = {"train": stage_train, "export": stage_export, "score": stage_score}

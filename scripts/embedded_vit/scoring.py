@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import ViTForImageClassification
 
-from .painter import ScenePainter, paint_batch
+from .painter import Batch, ScenePainter, paint_batch
 from .training import CLASSIFIED, SceneNet, to_input
 from .world import IGNORED, OBJECTS
 
@@ -112,10 +112,18 @@ def digits_scores(model: ViTForImageClassification, seed: int) -> dict[str, obje
     return result
 
 
-def draw_scenes(painter: ScenePainter, rng: np.random.Generator, folder: Path) -> None:
+def draw_scenes(painter: ScenePainter, rng: np.random.Generator, folder: Path) -> Batch:
     """Write 80 held-out scenes as `scenes.png`, 16 in a row, and their objects as `scenes.json`."""
     batch = paint_batch(painter, rng, 80, held_out=True)
     rows = batch.images.reshape(5, 16, 64, 64, 3).transpose(0, 2, 1, 3, 4).reshape(320, 1024, 3)
     Image.fromarray(rows).save(folder / "scenes.png", optimize=True)
     names = [OBJECTS[k] for k in batch.labels[:, 0]]
     (folder / "scenes.json").write_text(json.dumps(names, indent=1) + "\n")
+    return batch
+
+
+@torch.no_grad()
+def sheet_scores(model: ViTForImageClassification, sheet: Batch) -> dict[str, float]:
+    """Share of right objects of the exported model on the scenes of `draw_scenes`."""
+    guess = model(to_input(sheet.images)).logits.argmax(1).numpy()
+    return {"pictures": len(guess), "object": float((guess == sheet.labels[:, 0]).mean())}
