@@ -79,6 +79,21 @@ class SptAdapterLayer(SptLayer):
     def merged_parameters(self, adapters: Sequence[str]) -> dict[str, Tensor]:
         raise ValueError(self.why_not_mergeable())
 
+    @torch.no_grad()
+    def update_size(self, adapter: str) -> float:
+        """Norms of the entries and of the adapter without its GELU, as a matrix of the layer's
+        input: up down W0, or up down at the attention's output."""
+        with self._onloaded():
+            entries = self.change("weight", (adapter,))
+            size = 0.0 if entries is None else float(torch.linalg.vector_norm(entries))
+            if adapter in self.held("down"):
+                down, up = self.held("down")[adapter], self.held("up")[adapter]
+                if not reads_input(self.role) and self.writable():
+                    down = down @ full(self.get_base_layer().weight).to(down)
+                product = float(torch.linalg.vector_norm(up @ down))
+                size += abs(self.scaling[adapter]) * product
+        return size
+
     def why_not_mergeable(self) -> str:
         return (
             "SPT-Adapter cannot be merged: its adapters have a GELU, which no weight can hold; use "

@@ -353,6 +353,14 @@ def test_adapters_do_not_merge():
         adapter_layer("fc1").merge()
 
 
+@pytest.mark.parametrize("key", ["attn.to_q", "attn.to_out.0"])
+def test_the_adapters_size_is_that_of_its_matrix(key):
+    layer = adapter_layer(key, scale=-0.5)
+    up, down = layer.held("up")["default"], layer.held("down")["default"]
+    matrix = up @ down if "out" in key else up @ down @ layer.base_layer.weight
+    assert layer.update_size("default") == pytest.approx(0.5 * float(matrix.detach().norm()))
+
+
 @MODELS
 def test_the_adapter_starts_as_the_base_and_trains(name):
     family = family_named(name)
