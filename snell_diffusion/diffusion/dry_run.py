@@ -18,6 +18,7 @@ from snell_diffusion.diffusion.optimization import build_state, loop_settings
 from snell_diffusion.diffusion.phases import WORK
 from snell_diffusion.diffusion.results import RunResult
 from snell_diffusion.diffusion.sampling import Sampler
+from snell_diffusion.diffusion.sensitivity import chosen
 from snell_diffusion.diffusion.setup import Model, build_model, size_notes
 from snell_diffusion.training.adapter_tensors import evaluating
 from snell_diffusion.training.loop import LossAt, TrainState, train
@@ -46,7 +47,8 @@ def dry_run(
     tracker = Tracker(None, 1, on_event, main=parallel.main)
     meter = PeakMeter(parallel.device)
     meter("load")
-    model = build_model(config, parallel.device, parallel)
+    selection = chosen(config, photos, parallel)
+    model = build_model(config, parallel.device, parallel, selection)
     state = build_state(config, model.components, parallel)
     model.phases.listen(meter)
     with ExitStack() as closing:

@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -213,7 +213,10 @@ class Model:
 
 
 def build_model(
-    config: TrainConfig, device: torch.device, parallel: Parallel | None = None
+    config: TrainConfig,
+    device: torch.device,
+    parallel: Parallel | None = None,
+    selection: dict[str, Any] | None = None,
 ) -> Model:
     """Load the base, add the adapters of the config, bring to `device` what stays there.
 
@@ -221,6 +224,7 @@ def build_model(
         config: Base and method.
         device: Where the run computes.
         parallel: Whether adapted models are whole or in shards; without it they are whole.
+        selection: What a sensitivity pass has chosen, for methods that want it.
 
     Raises:
         SnellaBaseError: No such base, or no family covers it.
@@ -228,7 +232,7 @@ def build_model(
     """
     family, pipe = load_base(config)
     base = base_digest(family, pipe)
-    components = add_adapters(config, family, pipe)
+    components = add_adapters(config, family, pipe, selection)
     counted = sizes(components)
     phases = place(config, models_of(pipe), components, device, parallel)
     for model in components.values():
@@ -279,13 +283,18 @@ def timestep_settings(config: TrainConfig) -> TimestepSettings:
     )
 
 
-def add_adapters(config: TrainConfig, family: Family, pipe: Any) -> dict[str, nn.Module]:
+def add_adapters(
+    config: TrainConfig, family: Family, pipe: Any, selection: dict[str, Any] | None = None
+) -> dict[str, nn.Module]:
     """Wrap the target layers; return the adapted components by name, denoiser first.
 
     Raises:
         SnellaConfigError: No layer matches the targets, or the pipeline cannot store this LoRA.
     """
-    plan = [(family.denoiser, method_config(config, family))]
+    settings = method_config(config, family)
+    if selection is not None:
+        settings = replace(settings, selection=selection)  # type: ignore[type-var]
+    plan = [(family.denoiser, settings)]
     if config.train_text_encoder:
         text = method_config(config, family, text=True)
         plan += [(name, text) for name in family.text_encoders if getattr(pipe, name) is not None]

@@ -39,6 +39,7 @@ from snell_diffusion.diffusion.prior import (
 from snell_diffusion.diffusion.results import RunResult, save_result
 from snell_diffusion.diffusion.run_folder import RunFolder, identity, require_same
 from snell_diffusion.diffusion.sampling import Sampler
+from snell_diffusion.diffusion.sensitivity import chosen
 from snell_diffusion.diffusion.setup import absent_parts, base_path, build_model, size_notes
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.adapter_tensors import (
@@ -149,7 +150,8 @@ class Trainer:
         checkpoint = self._find_checkpoint()
         if checkpoint is None:  # a resumed run compares the images themselves
             require_recipes(config, folder)
-        self._model = build_model(config, parallel.device, parallel)
+        selection = chosen(config, photos, parallel)
+        self._model = build_model(config, parallel.device, parallel, selection)
         self._notes += photos.summary(config, shapes(config, self._model.family.multiple))
         self._notes += size_notes(config, self._model)
         self._state = build_state(config, self._model.components, parallel)
