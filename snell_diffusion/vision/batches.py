@@ -15,6 +15,7 @@ from snell_diffusion.training.parallel import Parallel
 from snell_diffusion.training.randomness import generator
 from snell_diffusion.vision.config import VisionConfig
 from snell_diffusion.vision.data import Inputs
+from snell_diffusion.vision.features import Features, HeadAlone
 from snell_diffusion.vision.models import Family
 
 
@@ -69,9 +70,9 @@ class ClassificationLoss:
     def __init__(
         self,
         config: VisionConfig,
-        family: Family,
+        family: Family | HeadAlone,
         model: nn.Module,
-        inputs: Inputs,
+        inputs: Inputs | Features,
         order: Order,
         parallel: Parallel,
     ) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from snell_diffusion.training.adapter_tensors import evaluating
 from snell_diffusion.training.parallel import Parallel
 from snell_diffusion.vision.data import Inputs
+from snell_diffusion.vision.features import Features, HeadAlone
 from snell_diffusion.vision.models import Family
 
 
@@ -63,7 +64,11 @@ class Measurement:
 
 
 def measure(
-    family: Family, model: nn.Module, inputs: Inputs, batch: int, parallel: Parallel
+    family: Family | HeadAlone,
+    model: nn.Module,
+    inputs: Inputs | Features,
+    batch: int,
+    parallel: Parallel,
 ) -> Measurement:
     """Run a model over all images of a split, in eval mode.
 

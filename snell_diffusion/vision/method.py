@@ -1,10 +1,11 @@
 """Puts a method into a base: adapters by the recipes of `tuners`, or only a head."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import nn
 
 from snell_diffusion.errors import SnellaConfigError, shown
@@ -21,6 +22,7 @@ ADAPTER = "default"
 COMPONENT = "vit"
 """Name of the adapted model in files and logs, whatever its family."""
 LINEAR_PROBE = "linear_probe"
+Choose = Callable[[PeftConfig], PeftConfig]
 _LEVELS = ("target_sparsity", "init_sparsity")
 
 
@@ -99,24 +101,44 @@ def method_config(config: VisionConfig, base: Base, steps: int) -> PeftConfig | 
     """
     found = find_recipe(config.method)
     given: dict[str, Any] = {"rank": config.rank, "update_scale": config.update_scale}
-    if config.protocol != "paper":
-        given["dropout"] = config.dropout  # else placed as published, see placement.py
+    if not placed_as_published(config):
+        # A default of the protocol, which methods without dropout need not know.
+        known = config.protocol != "paper" or (found is not None and "dropout" in found.settings)
+        given["dropout"] = config.dropout if known else None
     given = {name: value for name, value in given.items() if value is not None}
     given |= config.method_settings
     if found is None:
         if given:
             raise SnellaConfigError(f"method {LINEAR_PROBE} has no {shown(given)}")
         return None
-    if config.protocol == "paper" and found.ours and issubclass(_kind(found), SnellaConfig):
+    if config.protocol == "paper" and issubclass(_kind(found), SnellaConfig):
         given = {**_published(found), **given}
     return found.config(
         given,
-        config.target_modules or base.family.targets,
+        config.target_modules or _present(base),
         config.seed,
         "vision",
         chosen=bool(config.target_modules),
         steps=steps,
     )
+
+
+def placed_as_published(config: VisionConfig) -> bool:
+    """Whether dropout is that of the public SNELL code, see placement.py: for its own methods."""
+    found = find_recipe(config.method)
+    if config.protocol != "paper" or found is None:
+        return False
+    return issubclass(_kind(found), (SnellaConfig, LoraConfig))
+
+
+def _present(base: Base) -> list[str]:
+    """The family's targets in the spelling of this model."""
+    linears = [
+        f".{name}" for name, part in base.model.named_modules() if isinstance(part, nn.Linear)
+    ]
+    return [
+        ending for ending in base.family.targets if any(n.endswith(f".{ending}") for n in linears)
+    ]
 
 
 def _kind(found: Recipe) -> type:
@@ -131,13 +153,14 @@ def _published(found: Recipe) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in found.settings}
 
 
-def adapt(config: VisionConfig, base: Base, steps: int) -> Sizes:
+def adapt(config: VisionConfig, base: Base, steps: int, choose: Choose) -> Sizes:
     """Make the parts of a base trainable that a method trains, and its head.
 
     Args:
         config: The run.
         base: As loaded; its model is changed in place.
         steps: Optimizer steps of the run.
+        choose: Completes the settings of a method that looks at gradients first.
 
     Raises:
         SnellaConfigError: No layer matches, or the method refuses its settings.
@@ -146,8 +169,9 @@ def adapt(config: VisionConfig, base: Base, steps: int) -> Sizes:
     settings = method_config(config, base, steps)
     size = sum(p.numel() for p in model.parameters())
     extras = base.family.extras(model) if config.train_cls_token else []
+    place_backbone(base.family.branches(model), config.backbone_drop_path or 0.0)
     if settings is not None:
-        inject(model, settings, config.seed)
+        inject(model, choose(settings), config.seed)
     elif config.method != LINEAR_PROBE:
         model.requires_grad_(True)
     getattr(model, HEAD).requires_grad_(True)
@@ -155,11 +179,8 @@ def adapt(config: VisionConfig, base: Base, steps: int) -> Sizes:
         model.get_parameter(name).requires_grad_(True)
     for parameter in trainable_parameters({COMPONENT: model}).values():
         parameter.data = parameter.data.float()
-    if config.protocol == "paper":
-        place_branches(model, config.dropout or 0.0, config.drop_path or 0.0)
-    else:
-        place_branches(model, 0.0, config.drop_path or 0.0)
-    place_backbone(base.family.branches(model), config.backbone_drop_path or 0.0)
+    published = config.dropout if placed_as_published(config) else None
+    place_branches(model, published or 0.0, config.drop_path or 0.0)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     return _sizes(model, size, extras)

@@ -170,7 +170,7 @@ def build_state(
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer, order.per_epoch, steps),
         competition=build_competition(config, components, order.per_epoch, steps),
-        ema=None if decay is None else AdapterEma(components, decay),
+        ema=None if decay is None else AdapterEma(components, decay, config.protocol != "paper"),
         best=BestAdapter(components, config.early_stopping_patience or _NEVER, 0.0),
         scaler=torch.amp.GradScaler(parallel.device.type, enabled=config.mixed_precision == "fp16"),
     )

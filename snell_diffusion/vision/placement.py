@@ -53,7 +53,7 @@ class SharedMasks:
 
 
 def place_branches(model: nn.Module, dropout: float, drop_path: float) -> None:
-    """Give every adapted layer of a model dropout and stochastic depth of its branch.
+    """Give every adapted attention and MLP layer dropout and stochastic depth of its branch.
 
     Args:
         model: With adapters in it.
@@ -65,6 +65,8 @@ def place_branches(model: nn.Module, dropout: float, drop_path: float) -> None:
     masks = SharedMasks(dropout)
     for path, layer in tuner_layers({"": model}):
         role = role_of(path)
+        if role is None:  # a norm, for one
+            continue
         shared = block_of(path) if role in _SHARED else None
         masks_of = masks if dropout and role not in _NOT_DROPPED else None
         plain = layer.forward

@@ -3,9 +3,9 @@
     t < w:   start + (peak − start) t / w
     else:    floor + (peak − floor) (1 + cos π τ) / 2
 
-Ours: t counts the steps, τ = (t − w) / (T − w). Published ("epoch"): t is the index of the epoch
-that was finished last, so epochs 0 and 1 both run at t = 0, and τ = t / T, which makes the rate
-jump down a little where the warmup ends.
+Ours ("step"): t is the middle of a step, τ = (t − w) / (T − w). Published ("epoch"): t is the index
+of the epoch that was finished last, so epochs 0 and 1 both run at t = 0, and τ = t / T, which makes
+the rate jump down a little where the warmup ends.
 """
 
 import math
@@ -44,7 +44,7 @@ def rate_at(config: VisionConfig, peak: float, step: int, per_epoch: int, steps:
         t: float = max(0, step // per_epoch - 1)
         share = t / math.ceil(total)
     else:
-        t = (step + 1) / per_epoch
+        t = (step + 0.5) / per_epoch
         share = (t - warmup) / max(total - warmup, 1 / per_epoch)
     after = peak if config.lr_scheduler == "constant" else cosine(share, peak, floor)
     return warmed(t, warmup, start, peak, after)

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
+
 from snell_diffusion.training.adapter_tensors import (
     adapter_tensors,
     copy_adapter_tensors,
@@ -30,14 +32,17 @@ from snell_diffusion.vision.batches import ClassificationLoss, Order
 from snell_diffusion.vision.classifier import Classifier
 from snell_diffusion.vision.config import VisionConfig, config_text, config_values
 from snell_diffusion.vision.data import Inputs, Preprocess, Split, Task, read_processor
+from snell_diffusion.vision.features import Features, HeadAlone, is_constant
 from snell_diffusion.vision.loading import base_digest, load_base
 from snell_diffusion.vision.measure import Measurement, measure
 from snell_diffusion.vision.method import COMPONENT, adapt
+from snell_diffusion.vision.models import Family
 from snell_diffusion.vision.optimization import build_state, loop_settings, run_length
 from snell_diffusion.vision.pictures import confusion_picture, training_curve
 from snell_diffusion.vision.results import RunResult
 from snell_diffusion.vision.run_folder import identity, run_folder
 from snell_diffusion.vision.saving import Facts, adapter_bytes, head_bytes, save_classifier
+from snell_diffusion.vision.sensitivity import selected
 
 _RECORDS = 20  # allocations in the log of a run
 OnEvent = Callable[[Event], None]
@@ -87,8 +92,9 @@ class Trainer:
         self._order = Order(len(inputs), per_step, config.seed)
         self._steps = run_length(config, self._order)
         self._extras = family.extras(model) if config.train_cls_token else []
-        self._sizes = adapt(config, self._base, self._steps)
-        model.to(parallel.device).train()
+        model.to(parallel.device)
+        self._sizes = adapt(config, self._base, self._steps, self._choose)
+        model.train()
         components = {COMPONENT: model}
         self._state = build_state(config, components, self._extras, self._order, parallel)
         self._identity = identity(config, task.digest(), self._digest, parallel.world)
@@ -101,8 +107,27 @@ class Trainer:
         )
         self._resumed = checkpoint is not None
         self._saved: int | None = None
-        self._loss = ClassificationLoss(config, family, model, inputs, self._order, parallel)
-        self._validation = Inputs(task.validation, self._preprocess, False, config)
+        self._fixed = is_constant(model, inputs, config.backbone_drop_path or 0.0)
+        self._asked: Family | HeadAlone = HeadAlone() if self._fixed else family
+        shown = self._features(inputs)
+        self._loss = ClassificationLoss(config, self._asked, model, shown, self._order, parallel)
+        self._validation = self._inputs_of(task.validation)
+
+    def _choose(self, settings: PeftConfig) -> PeftConfig:
+        """Settings that a sensitivity pass completes, on training images without augmentation."""
+        shown = Inputs(self._task.train, self._preprocess, False, self._config)
+        count = sum(self._base.model.get_parameter(name).numel() for name in self._extras)
+        return selected(settings, self._config, self._base, shown, count, self._parallel)
+
+    def _inputs_of(self, split: Split) -> Inputs | Features:
+        """Pictures to measure on, or their features where those stay as they are."""
+        return self._features(Inputs(split, self._preprocess, False, self._config))
+
+    def _features(self, inputs: Inputs) -> Inputs | Features:
+        if not self._fixed:
+            return inputs
+        base, batch = self._base, self._config.eval_batch_size
+        return Features(base.family, base.model, inputs, batch, self._parallel)
 
     def _find_checkpoint(self, folder: RunFolder | None) -> Checkpoint | None:
         """The main process first: it may have to put back what a killed run left half renamed."""
@@ -239,9 +264,9 @@ class Trainer:
         self._tracker.event("validation", step=step, epoch=epoch, **numbers)
         self._tracker.remote(numbers, step)
 
-    def _measure(self, inputs: Inputs) -> Measurement:
+    def _measure(self, inputs: Inputs | Features) -> Measurement:
         model, batch = self._base.model, self._config.eval_batch_size
-        return measure(self._base.family, model, inputs, batch, self._parallel)
+        return measure(self._asked, model, inputs, batch, self._parallel)
 
     # Checkpoints
 
@@ -316,7 +341,7 @@ class Trainer:
             return None
         if split is self._task.validation:
             return validation
-        return self._measure(Inputs(split, self._preprocess, False, self._config))
+        return self._measure(self._inputs_of(split))
 
     def _stored_bytes(self, data: bytes | None) -> int:
         if data is not None:
