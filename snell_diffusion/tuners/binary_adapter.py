@@ -195,6 +195,11 @@ class BinaryAdapterModel(PlacedModel):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if isinstance(target, nn.Conv2d):
+            raise SnellaConfigError(
+                f"Bi-AdaptFormer adds to the output of an MLP's Linear, and target module "
+                f"{current_key!r} is a convolution: leave it out of target_modules"
+            )
         super()._create_and_replace(
             *(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
         )
