@@ -61,13 +61,12 @@ def test_binary_quant(case: Case, precision: str) -> None:
 @pytest.mark.parametrize("case", cases("binary_quant"), ids=str)
 def test_packed_bytes(case: Case) -> None:
     t, bits = case.tensors("f32"), case.config["bits"]
-    torch.testing.assert_close(levels(bits), t["levels"].double(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(levels(bits), t["levels"].double(), rtol=1e-6, atol=1e-7)
     codes, stats = encode(t["W"], bits)
     assert torch.equal(codes, t["bytes"])
-    index = (decode(codes, torch.tensor([0.0, 1.0]), bits, (t["W"].numel(),)).unsqueeze(1)) == (
-        t["levels"]
-    )
-    assert torch.equal(index.long().argmax(1), t["index"].long())
+    used = decode(codes, torch.tensor([0.0, 1.0]), bits, (t["W"].numel(),))
+    index = (used.unsqueeze(1) - t["levels"]).abs().argmin(1)
+    assert torch.equal(index, t["index"].long().flatten())
     case.assert_close(decode(codes, stats, bits, t["W"].shape), t["reloaded"], "f32", "reloaded")
 
 
@@ -168,6 +167,9 @@ def test_sensitivity(case: Case) -> None:
             table[int(block)][columns.index(column)] = int(name in choice.matrices)
         assert table == expected["tuned_matrices"]
         assert list(choice.vectors) == expected["tuned_vectors"]
+        if config["structured_only"]:
+            assert not any(map(len, choice.entries.values()))
+            continue
         assert list(choice.entries) == expected["unstructured_tensors"]
         starts, together = 0, []
         for name, positions in choice.entries.items():
@@ -180,11 +182,14 @@ def test_sensitivity(case: Case) -> None:
 @runs("sparse_linear")
 def test_sparse_linear(case: Case, precision: str) -> None:
     t = case.tensors(precision)
-    given = leaves(t, ["x", "sw", "sb"])
+    given = leaves(t, [name for name in ("x", "sw", "sb") if name in t])
     O, I = t["W"].shape
     rows, columns = t["weight_index"].long()
-    W = t["W"] + scatter(given["sw"], rows * I + columns, (O, I))
-    y = given["x"] @ W.T + t["b"] + scatter(given["sb"], t["bias_index"][0].long(), (O,))
+    y = given["x"] @ (t["W"] + scatter(given["sw"], rows * I + columns, (O, I))).T
+    if "b" in t:
+        y = y + t["b"]
+    if "sb" in t:
+        y = y + scatter(given["sb"], t["bias_index"].long().flatten(), (O,))
     y.backward(t["gy"])
     check(case, t, precision, {"y": y} | {f"g{n}": value.grad for n, value in given.items()})
 
