@@ -2,8 +2,9 @@
 
     python scripts/train_embedded_vit.py all --work runs/embedded_vit --font NotoColorEmoji.ttf
 
-Stages: train (18 min of one core), export, score (1 min). Training resumes from its checkpoint, and
-export takes whatever that holds, so that a snapshot can be exported while training goes on.
+Stages: train (20 min of one core), export, score (1 min). Training resumes from its checkpoint, and
+export takes whatever that holds, so that a snapshot can be exported while training goes on. By
+itself, `pictures` writes new scenes as an image folder, one folder per object.
 """
 
 import argparse
@@ -16,9 +17,11 @@ import numpy as np
 import torch
 from embedded_base.data import sha256_of
 from embedded_vit.export import assemble, export
-from embedded_vit.painter import ScenePainter
+from embedded_vit.painter import ScenePainter, paint_batch
 from embedded_vit.scoring import digits_scores, draw_scenes, scene_scores, sheet_scores
 from embedded_vit.training import SceneNet, VitTrainer, VitTraining
+from embedded_vit.world import OBJECTS
+from PIL import Image
 from transformers import ViTForImageClassification
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,23 +71,35 @@ def stage_score(args: argparse.Namespace) -> None:
     print(json.dumps({k: scores[k] for k in list(scores)[:4]}, indent=1))
 
 
+def stage_pictures(args: argparse.Namespace) -> None:
+    """Write scenes as an image folder, `work/pictures/OBJECT/00000.png`."""
+    rng = np.random.default_rng([args.seed, 5])
+    batch = paint_batch(ScenePainter(args.font, args.seed), rng, args.pictures)
+    for k, (image, labels) in enumerate(zip(batch.images, batch.labels, strict=True)):
+        folder = args.work / "pictures" / OBJECTS[labels[0]]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{k:05}.png")
+
+
 STAGES = {"train": stage_train, "export": stage_export, "score": stage_score}
+ALONE = {"pictures": stage_pictures}
 
 
 def main() -> None:
     """Run one stage, or all of them in order."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=("all", *STAGES))
+    parser.add_argument("stage", choices=("all", *STAGES, *ALONE))
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--font", type=Path, required=True, help="NotoColorEmoji.ttf")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=VitTraining.steps)
+    parser.add_argument("--pictures", type=int, default=1500, help="how many `pictures` writes")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     for name in STAGES if args.stage == "all" else [args.stage]:
         torch.manual_seed(args.seed)
-        STAGES[name](args)
+        (STAGES | ALONE)[name](args)
 
 
 if __name__ == "__main__":

@@ -32,12 +32,12 @@ CLASSIFIED = tuple(HEADS)[:4]  # in the order of the labels
 class VitTraining:
     """How the embedded ViT is trained."""
 
-    steps: int = 5000  # optimizer steps in all
+    steps: int = 4900  # optimizer steps in all
     batch: int = 32  # pictures per step, all of them new
     lr: float = 1e-3  # AdamW, peak
     warmup: int = 200  # steps of linear warm-up
-    decay_from: float = 0.7  # share of the steps after which lr falls linearly to 0
-    spread_by: float = 0.48  # share of the steps until tilt, size and count vary fully
+    decay_from: float = 0.714  # share of the steps after which lr falls linearly to 0
+    spread_by: float = 0.49  # share of the steps until tilt, size and count vary fully
     weight_decay: float = 0.03
     clip: float = 1.0  # norm of the gradient
     ema: float = 0.998
