@@ -19,6 +19,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m snell_diffusion.evaluation", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     _personalization(commands)
+    _classification(commands)
+    _report(commands)
     return top
 
 
@@ -52,6 +54,59 @@ def run_personalization(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts) if args.prompts else PROMPTS
     options = Options(args.redo, prompts, args.clip, args.dino)
     Runner(Plan.read(args.config), args.photos, args.output, options).run_all(args.shard)
+
+
+def _classification(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser(
+        "classification", help="train every method on classification tasks, then measure it"
+    )
+    from snell_diffusion.evaluation.classification import add_arguments
+
+    add_arguments(command)
+    command.set_defaults(main=run_classification)
+
+
+def run_classification(args: argparse.Namespace) -> None:
+    """Train and measure all runs of a plan, and note where and how."""
+    from dataclasses import asdict
+
+    from snell_diffusion.evaluation.classification import main as run
+    from snell_diffusion.evaluation.classification_plan import Plan
+    from snell_diffusion.evaluation.results import ABOUT
+    from snell_diffusion.evaluation.stamp import program, stamp
+    from snell_diffusion.training.files import write_json
+
+    if not args.report_only:
+        about = {**stamp(program()), "plan": asdict(Plan.read(args.config))}
+        write_json(args.output / ABOUT, about)
+    run(args)
+
+
+def _report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser("report", help="pages of finished comparisons: HTML and Markdown")
+    command.add_argument("--personalization", type=Path, help="folder of a comparison on subjects")
+    command.add_argument("--classification", type=Path, help="folder of a comparison on tasks")
+    command.add_argument(
+        *("--from", "--from_results"),
+        dest="saved",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="kept results, for example benchmarks/results/personalization.json",
+    )
+    command.add_argument("--keep", type=Path, help="also keep the results in this folder")
+    command.add_argument("--output", type=Path, required=True, help="folder for the pages")
+    command.set_defaults(main=run_report)
+
+
+def run_report(args: argparse.Namespace) -> None:
+    """Write the pages and say where they are."""
+    from snell_diffusion.evaluation.report import report
+
+    for page in report(
+        args.output, args.personalization, args.classification, args.saved, args.keep
+    ):
+        print(page)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -42,10 +42,12 @@ from snell_diffusion.evaluation.pictures import Task
 from snell_diffusion.evaluation.plan import Plan, Subject
 from snell_diffusion.evaluation.prompts import PROMPTS, PromptSet
 from snell_diffusion.evaluation.records import Record, digest_of, read_record, save_record
+from snell_diffusion.evaluation.results import ABOUT
 from snell_diffusion.evaluation.scoring import Scorer
+from snell_diffusion.evaluation.stamp import program, stamp
 from snell_diffusion.evaluation.tuning import best_rate
 from snell_diffusion.training.errors import NonFiniteError
-from snell_diffusion.training.files import remove
+from snell_diffusion.training.files import remove, write_json
 
 Shard = tuple[int, int]
 # Where a run reads and writes; what it reads is in the digest by content.
@@ -103,6 +105,7 @@ class Runner:
         Trials come first. What of them other shards have not done when they are needed is done
         here too: a trial's numbers do not depend on who runs it.
         """
+        write_json(self.output / ABOUT, {**stamp(program()), "plan": asdict(self.plan)})
         trials = list(self.plan.trials())
         for trial in self._mine(trials, shard, "trials"):
             self.trial(*trial)

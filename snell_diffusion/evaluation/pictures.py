@@ -4,6 +4,7 @@ Start noise is a function of the prompt's place and the picture's number alone, 
 different methods and seeds of training can be compared one by one.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,11 @@ from snell_diffusion.evaluation.base import Base
 from snell_diffusion.evaluation.plan import Images, Subject
 from snell_diffusion.evaluation.prompts import PromptSet, filled
 from snell_diffusion.evaluation.records import digest_of
-from snell_diffusion.training.files import remove, write_with
+from snell_diffusion.training.files import remove, write_json, write_with
 from snell_diffusion.training.plots import sheet
 from snell_diffusion.training.randomness import generator
 
-FOLDER, SHEET = "pictures", "sheet.png"
+FOLDER, SHEET, PROMPTS = "pictures", "sheet.png", "prompts.json"
 _CELL = 128
 _NOISE = 0  # seed of the start noise
 
@@ -73,6 +74,7 @@ def draw(base: Base, task: Task, folder: Path) -> None:
     for (p, n), picture in zip(task.places, pictures, strict=True):
         write_with(_file(folder, p, n), picture.save, durable=False)
     write_with(folder / SHEET, _sheet(pictures, task, base.size).save, durable=False)
+    write_json(folder / FOLDER / PROMPTS, list(task.prompts), durable=False)
 
 
 def _file(folder: Path, prompt: int, number: int) -> Path:
@@ -93,14 +95,31 @@ def complete(task: Task, folder: Path) -> bool:
     return all(_file(folder, *place).is_file() for place in task.places)
 
 
-def shown_prompts(task: Task) -> list[int]:
-    """Places of the prompts that a sheet shows, evenly spread."""
-    count = min(task.images.sheet, len(task.prompts))
-    return [i * len(task.prompts) // count for i in range(count)]
+def has_any(folder: Path) -> bool:
+    """Whether `draw` wrote pictures into a folder."""
+    return (folder / FOLDER / PROMPTS).is_file()
+
+
+def prompts_of(folder: Path) -> list[str]:
+    """The prompts of the pictures that `draw` wrote into a folder."""
+    return list(json.loads((folder / FOLDER / PROMPTS).read_text("utf-8")))
+
+
+def one(folder: Path, prompt: int) -> Image.Image:
+    """The first picture of a prompt."""
+    with Image.open(_file(folder, prompt, 0)) as picture:
+        return picture.convert("RGB")
+
+
+def spread(length: int, count: int) -> list[int]:
+    """`count` places, evenly spread over `length`; all of them where there are no more."""
+    count = min(count, length)
+    return [i * length // count for i in range(count)]
 
 
 def _sheet(pictures: Sequence[Image.Image], task: Task, size: int) -> Image.Image:
-    columns, count = shown_prompts(task), task.images.per_prompt
+    count = task.images.per_prompt
+    columns = spread(len(task.prompts), task.images.sheet)
     rows = [[pictures[p * count + n] for p in columns] for n in range(count)]
     labels = [task.prompts[p] for p in columns]
     return sheet(rows, [""] * count, labels, max(_CELL, min(size, 256)))
