@@ -25,11 +25,12 @@ from snell_diffusion.diffusion.loaded import models_of
 from snell_diffusion.diffusion.run_folder import ADAPTER_FILES
 from snell_diffusion.errors import SnellaFileError, SnellaKeyError, SnellaShapeError, shown
 from snell_diffusion.training.files import write_with
-from snell_diffusion.tuners.recipes import RECIPES
+from snell_diffusion.tuners.recipes import RECIPES, quiet_sparse
 
 __all__ = ["attach", "save_foreign"]
 
-_METHOD, _CONFIGS = "snell_diffusion.method", "snell_diffusion.configs"
+# One entry: the order of several in a file is left to chance, and equal runs give equal files.
+_METADATA = "snell_diffusion.run"
 _ADAPTER = "default"
 Detach = Callable[[], None]
 
@@ -52,7 +53,7 @@ def save_foreign(method: str, components: Mapping[str, nn.Module], path: Path) -
             continue
         for name, tensor in found.items():
             tensors[f"{component}.{name}"] = tensor.detach().to("cpu").contiguous().clone()
-    metadata = {"format": "pt", _METHOD: method, _CONFIGS: json.dumps(configs)}
+    metadata = {_METADATA: json.dumps({"method": method, "configs": configs})}
     write_with(path, lambda file: save_file(tensors, file, metadata))
 
 
@@ -112,20 +113,22 @@ def _read(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise SnellaFileError(f"{path}: cannot be read as safetensors: {error}") from error
-    method = metadata.get(_METHOD, "")
-    if method not in RECIPES or RECIPES[method].ours:
+    try:
+        about = json.loads(metadata.get(_METADATA, "null"))
+    except ValueError as error:
+        raise SnellaFileError(f"{path}: metadata {_METADATA!r} is no JSON: {error}") from error
+    about = about if isinstance(about, dict) else {}
+    method, configs = about.get("method"), about.get("configs")
+    known = isinstance(method, str) and method in RECIPES and not RECIPES[method].ours
+    if not known:
         raise SnellaFileError(
-            f"{path}: expected the weights of a run (metadata {_METHOD!r}), got "
-            f"{method[:80]!r}; load LoRA files with load_lora_weights and ours with "
+            f"{path}: expected the weights of a run (metadata {_METADATA!r}), got method "
+            f"{method!r:.80}; load LoRA files with load_lora_weights and ours with "
             "load_snella_weights"
         )
-    try:
-        configs = json.loads(metadata.get(_CONFIGS, "{}"))
-    except ValueError as error:
-        raise SnellaFileError(f"{path}: metadata {_CONFIGS!r} is no JSON: {error}") from error
     if not isinstance(configs, dict) or not all(isinstance(v, dict) for v in configs.values()):
-        raise SnellaFileError(f"{path}: metadata {_CONFIGS!r}: expected settings by component")
-    return method, configs, tensors
+        raise SnellaFileError(f"{path}: metadata {_METADATA!r}: expected settings by component")
+    return str(method), configs, tensors
 
 
 def _by_component(
@@ -210,6 +213,7 @@ def _inject(
             done.append(model)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                quiet_sparse()
                 inject_adapter_in_model(kind(**given), model, _ADAPTER)
                 result = set_peft_model_state_dict(model, dict(values), adapter_name=_ADAPTER)
             if result.unexpected_keys:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from peft import AdaLoraConfig, HRAConfig, LoraConfig, OFTConfig, PeftConfig, ShiraConfig
 
 from snell_diffusion.errors import SnellaConfigError, shown
 from snell_diffusion.tuners.registry import METHODS
 from snell_diffusion.tuners.roles import endings, role_of
 
-__all__ = ["RECIPES", "Recipe", "list_methods", "recipe"]
+__all__ = ["RECIPES", "Recipe", "list_methods", "quiet_sparse", "recipe"]
 
 SHARED = {"rank": "r", "update_scale": "scale", "dropout": "dropout"}
 """Settings of every method by the field of our configs they set."""
@@ -141,11 +142,18 @@ def _peft(
         if "lora_alpha" in known and kind is LoraConfig:
             rank = values.setdefault("r", _LORA_RANK)
             values["lora_alpha"] = rank * values.pop("scale", 1.0)
+        if kind is ShiraConfig:
+            quiet_sparse()
         if kind is AdaLoraConfig:
             values = {**_adalora(values, steps), **values}
         return kind(target_modules=targets, **values)
 
     return Recipe(name, summary, False, kind, shared, own, make)
+
+
+def quiet_sparse() -> None:
+    """SHiRA's sparse tensors stay unchecked, torch's default: it warns unless one says so."""
+    torch.sparse.check_sparse_tensor_invariants.disable()
 
 
 def _adalora(values: Mapping[str, Any], steps: int | None) -> dict[str, Any]:
