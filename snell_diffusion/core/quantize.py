@@ -9,7 +9,6 @@ and sigma as float32.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from math import prod
 
 import torch
@@ -34,7 +33,7 @@ def levels(bits: int) -> Tensor:
         ValueError: `bits` is not 1, 2, 4 or 8.
     """
     _check_bits(bits)
-    return torch.tensor(_levels(bits), dtype=torch.float64)
+    return torch.tensor(_LEVELS[bits], dtype=torch.float64)
 
 
 def quantize(W: Tensor, bits: int) -> Tensor:
@@ -152,10 +151,9 @@ def _moments(W: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return W.mean(), W.std()
 
 
-@lru_cache(maxsize=len(BITS))
 def _levels(bits: int) -> tuple[float, ...]:
-    v = torch.zeros(2**bits, dtype=torch.float64)
-    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    v = torch.zeros(2**bits, dtype=torch.float64, device="cpu")
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu")
     for _ in range(ROUNDS):
         cdf = torch.special.ndtr((v[1:] + v[:-1]) / 2)
         cdf = torch.cat([ends[:1], cdf, ends[1:]])
@@ -163,9 +161,12 @@ def _levels(bits: int) -> tuple[float, ...]:
     return tuple(v.tolist())
 
 
+_LEVELS = {bits: _levels(bits) for bits in BITS}  # 20 ms, once: compiled code cannot compute them
+
+
 def _table(bits: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Levels and the boundaries between them; rounded to float32, which is what files mean."""
-    v = torch.tensor(_levels(bits), dtype=torch.float32).to(like)
+    v = torch.tensor(_LEVELS[bits], dtype=torch.float32, device=like.device).to(like.dtype)
     return v, (v[1:] + v[:-1]) / 2
 
 

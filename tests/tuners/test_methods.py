@@ -252,6 +252,19 @@ def test_checkpointed_blocks_have_the_same_gradients(name):
         torch.testing.assert_close(parameters[n].grad, gradient, rtol=1e-4, atol=1e-7, msg=n)
 
 
+@pytest.mark.parametrize("name", [n for n in OURS if METHODS[n.upper()].stored_as == n != "snella"])
+def test_compiles_without_graph_breaks(name):  # SNELLA and its settings do in test_layer.py
+    family = family_named("vit")
+    model = adapted(name, family).train()
+    stir(model)
+    block = model.layers[0] if name == "binary_adapter" else next(delta_layers(model))[1]
+    x = randn(2, 5, 32)
+    expected = block(x)
+    torch.compiler.reset()
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
+
+
 @METHOD
 def test_convolutions_work_or_are_refused(name):
     base = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1)).requires_grad_(False).eval()
