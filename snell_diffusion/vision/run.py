@@ -55,6 +55,7 @@ def run(
     if task is None:
         task = load_task(config, config.seed, config.select_on)
     parallel = start_processes(config)
+    on_gpu = parallel.device.type == "cuda"
     try:
         with StopRequest(launcher_pid()) as stop:
             if config.levels:
@@ -68,7 +69,8 @@ def run(
         parallel.accelerator.end_training()
         # Another run in this process may use another precision.
         AcceleratorState._reset_state()
-        gc.collect()
+        if on_gpu:
+            gc.collect()
 
 
 def _require_tracker(config: VisionConfig) -> None:

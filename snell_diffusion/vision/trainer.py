@@ -107,6 +107,7 @@ class Trainer:
         )
         self._resumed = checkpoint is not None
         self._saved: int | None = None
+        self._best_found: Measurement | None = None
         self._fixed = is_constant(model, inputs, config.backbone_drop_path or 0.0)
         self._asked: Family | HeadAlone = HeadAlone() if self._fixed else family
         shown = self._features(inputs)
@@ -258,7 +259,8 @@ class Trainer:
         with self._shown():
             found = self._measure(self._validation)
             assert self._state.best is not None
-            self._state.best.observe(step, found.objective)
+            if self._state.best.observe(step, found.objective):
+                self._best_found = found
         numbers = {"validation_loss": found.loss, "validation_accuracy": found.accuracy}
         epoch = round(step / self._order.per_epoch, 4)
         self._tracker.event("validation", step=step, epoch=epoch, **numbers)
@@ -309,7 +311,7 @@ class Trainer:
         best, task = self._state.best, self._task
         assert best is not None
         copy_adapter_tensors(self._state.components, best.tensors)
-        validation = self._measure(self._validation)
+        validation = self._best_found or self._measure(self._validation)
         test = self._measure_test(task.test, validation)
         config, base = self._config, self._base
         written = self._save(best.step)
