@@ -10,6 +10,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from snell_diffusion.training.files import write_with
+from snell_diffusion.training.plots import allocation_picture
+from snell_diffusion.training.tracking import read_log
+from snell_diffusion.vision.results import RunResult
 
 _DPI = 110
 _MOST_NAMES = 30  # classes whose names fit beside the picture
@@ -18,6 +21,20 @@ _MOST_NAMES = 30  # classes whose names fit beside the picture
 def _save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
     write_with(path, lambda file: figure.savefig(file, dpi=_DPI), durable=False)
+
+
+def draw_pictures(folder: Path, result: RunResult) -> None:
+    """Write the pictures of a finished run beside its log.jsonl."""
+    events = read_log(folder / "log.jsonl")
+    training_curve(events, result.steps_per_epoch, result.kept_step, folder / "curve.png")
+    if any(event["event"] == "allocation" for event in events):
+        allocation_picture(events, folder / "allocation.png")
+    shown, name = result.test, "test"
+    if shown is None:
+        shown, name = result.validation, "validation"
+    title = f"{name} images, accuracy {shown.accuracy:.1%}"
+    counts = shown.confusion(len(result.classes))
+    confusion_picture(counts, result.classes, title, folder / "confusion.png")
 
 
 def training_curve(events: Sequence[dict[str, Any]], per_epoch: int, kept: int, path: Path) -> None:

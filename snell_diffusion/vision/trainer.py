@@ -24,10 +24,9 @@ from snell_diffusion.training.files import write_json, write_text
 from snell_diffusion.training.finite import require_finite_weights
 from snell_diffusion.training.loop import train
 from snell_diffusion.training.parallel import Parallel, digest_of
-from snell_diffusion.training.plots import allocation_picture
 from snell_diffusion.training.run_folder import RunFolder, require_same
 from snell_diffusion.training.signals import StopRequest
-from snell_diffusion.training.tracking import Event, Tracker, cut_log, peak_memory, read_log
+from snell_diffusion.training.tracking import Event, Tracker, cut_log, peak_memory
 from snell_diffusion.vision.batches import ClassificationLoss, Order
 from snell_diffusion.vision.classifier import Classifier
 from snell_diffusion.vision.config import VisionConfig, config_text, config_values
@@ -38,7 +37,7 @@ from snell_diffusion.vision.measure import Measurement, measure
 from snell_diffusion.vision.method import COMPONENT, adapt
 from snell_diffusion.vision.models import Family
 from snell_diffusion.vision.optimization import build_state, loop_settings, run_length
-from snell_diffusion.vision.pictures import confusion_picture, training_curve
+from snell_diffusion.vision.pictures import draw_pictures
 from snell_diffusion.vision.results import RunResult
 from snell_diffusion.vision.run_folder import identity, run_folder
 from snell_diffusion.vision.saving import Facts, adapter_bytes, head_bytes, save_classifier
@@ -321,7 +320,10 @@ class Trainer:
             adapter_path=written,
             adapter_bytes=self._stored_bytes(data),
             head_bytes=len(head_bytes(base, self._extras)),
-            classifier=Classifier(base.family, base.model.eval(), task.classes, self._preprocess),
+            # In float32, since it is asked outside of the run's autocast.
+            classifier=Classifier(
+                base.family, base.model.float().eval(), task.classes, self._preprocess
+            ),
             classes=task.classes,
             validation=validation,
             test=test,
@@ -383,18 +385,6 @@ class Trainer:
         if self._folder is not None and self._parallel.main:
             write_json(self._folder.path / "result.json", result.to_json())
             if not self._config.quiet:
-                self._draw(self._folder.path, result)
+                draw_pictures(self._folder.path, result)
         self._tracker.status("finished", force=True, eta_s=0.0, kept_step=result.kept_step)
         self._parallel.wait()
-
-    def _draw(self, folder: Path, result: RunResult) -> None:
-        events = read_log(folder / "log.jsonl")
-        training_curve(events, result.steps_per_epoch, result.kept_step, folder / "curve.png")
-        if any(event["event"] == "allocation" for event in events):
-            allocation_picture(events, folder / "allocation.png")
-        shown, name = result.test, "test"
-        if shown is None:
-            shown, name = result.validation, "validation"
-        title = f"{name} images, accuracy {shown.accuracy:.1%}"
-        counts = shown.confusion(len(result.classes))
-        confusion_picture(counts, result.classes, title, folder / "confusion.png")

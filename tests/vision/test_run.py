@@ -1,5 +1,6 @@
 """Whole trainings: they learn, leave what loads, and resume as if they had not stopped."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,22 @@ def test_run_folder(bases: dict[str, str], pictures: Path, tmp_path: Path) -> No
         run(config)
 
 
+def test_half_precision(bases: dict[str, str], pictures: Path, tmp_path: Path) -> None:
+    """A bfloat16 base trains float32 adapters and head; what is loaded says the same."""
+    config = runs.config(
+        bases["vit"], pictures, tmp_path, method="snella", rank=4, mixed_precision="bf16"
+    )
+    result = run(config)
+    stored = load_file(result.adapter_path) | load_file(tmp_path / "run" / "head.safetensors")
+    assert {t.dtype for n, t in stored.items() if n.endswith(("_A", "weight"))} == {torch.float32}
+    images = [read_picture(path) for path in sorted((pictures / "test").rglob("*.png"))]
+    live = result.classifier.predict(images)
+    loaded = load_classifier(tmp_path / "run").predict(images)
+    assert [p.label for p in live] == [p.label for p in loaded]
+    for one, other in zip(live, loaded, strict=True):
+        assert one.probability == pytest.approx(other.probability, abs=1e-5)
+
+
 def test_best_epoch_is_kept_and_test_is_not_looked_at(
     bases: dict[str, str], pictures: Path, tmp_path: Path
 ) -> None:
@@ -157,8 +174,6 @@ def test_best_epoch_is_kept_and_test_is_not_looked_at(
     assert result.kept_step == best["step"]
     assert result.validation_accuracy == best["validation_accuracy"]
     assert result.validation.loss == pytest.approx(best["validation_loss"], rel=1e-6)
-
-    import dataclasses
 
     task = load_task(config, config.seed, config.select_on)
     shifted = dataclasses.replace(task.test, labels=(task.test.labels + 1) % 3)
@@ -207,6 +222,11 @@ def test_level_search(bases: dict[str, str], pictures: Path, tmp_path: Path) -> 
     torch.testing.assert_close(left["classifier.weight"], single.classifier.model.classifier.weight)
     log = (tmp_path / "run" / f"level-{result.level}" / "result.json").read_text()
     assert json.loads(log)["test"] is None  # levels are compared without it
+    again = run(dataclasses.replace(config, resume_from_checkpoint="latest"))
+    assert (again.level, again.tried) == (result.level, result.tried)
+    assert again.test_accuracy == result.test_accuracy
+    steps = [e for e in again.history if e["event"] == "step"]
+    assert not steps  # both levels had finished
 
 
 def test_linear_probe_on_features_equals_on_pictures(
