@@ -1,4 +1,5 @@
 """`python -m snell_diffusion info FILE` shows what a file is; `export FILE` converts it;
+`quantize FILE` stores its factors in few bits;
 `memory CONFIG` computes what a training run needs."""
 
 import argparse
@@ -71,6 +72,12 @@ def parser() -> argparse.ArgumentParser:
     )
     write.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     write.set_defaults(run=export)
+    few = commands.add_parser("quantize", help="store an adapter's factors in few bits per number")
+    few.add_argument("file", help="the adapter: a file, a folder, or owner/name on the hub")
+    few.add_argument("--bits", type=int, required=True, choices=(1, 2, 4, 8), help="per number")
+    few.add_argument("--output", required=True, help="folder or .safetensors file")
+    few.add_argument("--overwrite", action="store_true", help="replace an earlier file")
+    few.set_defaults(run=quantize)
     need = commands.add_parser("memory", help="compute what a training run needs on a GPU")
     need.add_argument("config", help="YAML file of the run; its base is not downloaded")
     need.add_argument("settings", nargs="*", metavar="key=value", help="changes of its settings")
@@ -140,6 +147,21 @@ def export(options: Namespace) -> int:
         report = export_lora(file, options.output, _rank(options.rank), options.format, **shared)
     say(report.table())
     say(f"written to {report.path}")
+    return 0
+
+
+def quantize(options: Namespace) -> int:
+    """Write the small file and print both sizes."""
+    from snell_diffusion.adapters.quantize import quantize_adapter
+    from snell_diffusion.adapters.write import target_file
+
+    source, target = Path(_file(options.file)), target_file(options.output)
+    if target.exists() and not options.overwrite:
+        raise SnellaValueError(f"{target} exists: pass --overwrite to replace it")
+    path = quantize_adapter(source, target, options.bits)
+    before, after = source.stat().st_size, path.stat().st_size
+    say(f"{before:,} bytes -> {after:,} bytes ({after / before:.1%})")
+    say(f"written to {path}")
     return 0
 
 

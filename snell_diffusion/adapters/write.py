@@ -38,7 +38,14 @@ from snell_diffusion.adapters.state import (
 from snell_diffusion.adapters.tokens import describe_tokens
 from snell_diffusion.errors import SnellaConfigError, SnellaSchemaError, SnellaValueError, shown
 
-__all__ = ["adapter_file_bytes", "describe", "save_adapter", "state_with_header", "target_file"]
+__all__ = [
+    "adapter_file_bytes",
+    "describe",
+    "file_bytes",
+    "save_adapter",
+    "state_with_header",
+    "target_file",
+]
 
 _STORAGE = (None, torch.float32, torch.float16, torch.bfloat16)
 
@@ -95,10 +102,19 @@ def adapter_file_bytes(
     """The file of `save_adapter` as bytes; equal adapters give equal bytes."""
     header, tensors = describe(components, adapter_name, metadata, base, dtype)
     tensors = _packed(components, adapter_name, header, tensors)
+    return file_bytes(header, tensors, f"adapter {adapter_name!r}")
+
+
+def file_bytes(header: Header, tensors: Mapping[str, Tensor], name: str) -> bytes:
+    """A file of a header and the tensors that it describes; `name` is for messages.
+
+    Raises:
+        SnellaSchemaError: A header beyond the limits.
+    """
     text = header.to_json()
     if text.count(",") >= limits.MAX_FIELDS:  # as the reader counts them
         raise SnellaSchemaError(
-            f"adapter {adapter_name!r}: expected at most {limits.MAX_FIELDS:,} values in the "
+            f"{name}: expected at most {limits.MAX_FIELDS:,} values in the "
             f"header, commas in texts included, got {text.count(','):,}; {WRITING}"
         )
     texts = {

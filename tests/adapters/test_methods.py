@@ -10,11 +10,14 @@ from peft import inject_adapter_in_model
 from torch import nn
 
 from snell_diffusion import SnellaConfig
+from snell_diffusion.__main__ import main as command_line
 from snell_diffusion.adapters import load_adapter, read_adapter, save_adapter
 from snell_diffusion.adapters.container import encode, read_head, read_tensors
+from snell_diffusion.adapters.quantize import quantize_adapter, rounded
 from snell_diffusion.adapters.schema import DIGEST_KEY, HEADER_KEY, digest
 from snell_diffusion.adapters.state import adapter_state
-from snell_diffusion.core.quantize import packed_bytes
+from snell_diffusion.core.quantize import decode, packed_bytes
+from snell_diffusion.core.quantize import encode as encode_bits
 from snell_diffusion.errors import SnellaError
 from snell_diffusion.tuners import METHODS, delta_layers
 from snell_diffusion.tuners.recipes import RECIPES, recipe
@@ -146,7 +149,7 @@ def test_few_bits_learn_straight_through() -> None:
         loss.backward()
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in parameters)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.97 * losses[0]
 
 
@@ -283,7 +286,7 @@ def test_layers_of_another_model_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [n for n in OURS if n not in ("snella", "snell", "klora", "mixk")])
 def test_bare_tensors_of_other_methods_say_what_is_missing(name: str) -> None:
     state = adapter_state({"unet": trained(name)})
-    with pytest.raises(SnellaError, match="expected a tensor '<component>.snella_method'"):
+    with pytest.raises(SnellaError, match=r"expected a tensor '<component>.snella_method'"):
         read_adapter(state)
 
 
@@ -322,3 +325,57 @@ def test_a_selection_of_spt_comes_back_from_its_tensors(tmp_path: Path) -> None:
     with pytest.raises(SnellaError, match=r"positions.*1000000000"):
         load_adapter({"unet": third}, read_adapter(rewritten(path, out_of_range)))
     assert not list(delta_layers(third))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_quantizing_a_file_rounds_the_factors_and_nothing_else(bits: int, tmp_path: Path) -> None:
+    source = save_adapter(tmp_path / "a.safetensors", {"unet": trained("snella")})
+    before = read_adapter(source)
+    path = quantize_adapter(source, tmp_path / "b.safetensors", bits)
+    after = read_adapter(path)
+    assert set(before.tensors) == set(after.tensors)
+    for name, tensor in after.tensors.items():
+        if name.endswith(("snella_A", "snella_B")):
+            assert torch.equal(tensor, decode(*pack_bits(before.tensors[name], bits), tensor.shape))
+        elif not name.endswith("_method"):
+            assert torch.equal(tensor, before.tensors[name]), name
+    assert path.stat().st_size < source.stat().st_size
+    assert rounded(before, bits).tensors.keys() == after.tensors.keys()
+    assert all(torch.equal(t, after.tensors[n]) for n, t in rounded(before, bits).tensors.items())
+    model = sd15_unet().eval()
+    load_adapter({"unet": model}, after)
+    error = float((call(model) - call(trained("snella"))).norm())
+    assert (error < 1e-2) if bits == 8 else (error > 0)
+
+
+def pack_bits(tensor: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    codes, stats = encode_bits(tensor, bits)
+    return codes, stats, bits
+
+
+@pytest.mark.parametrize(
+    "name, settings, bits, message",
+    [
+        ("hta", {}, 2, "has no factors that are stored in few bits"),
+        ("snella", {"bits": 2}, 1, "has 2 bits per number already"),
+        ("snella", {}, 3, "bits must be one of 1, 2, 4, 8, got 3"),
+    ],
+)
+def test_what_cannot_be_quantized(
+    name: str, settings: dict, bits: int, message: str, tmp_path: Path
+) -> None:
+    source = save_adapter(tmp_path / "a.safetensors", {"unet": trained(name, **settings)})
+    with pytest.raises(SnellaError, match=message):
+        quantize_adapter(source, tmp_path / "b.safetensors", bits)
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_quantize_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = save_adapter(tmp_path / "a.safetensors", {"unet": trained("snella")})
+    arguments = ["quantize", str(source), "--bits", "4", "--output", str(tmp_path / "b")]
+    assert command_line(arguments) == 0
+    (path,) = (tmp_path / "b").glob("*.safetensors")
+    assert f"-> {path.stat().st_size:,} bytes" in capsys.readouterr().out
+    assert command_line(arguments) == 1
+    assert "pass --overwrite" in capsys.readouterr().err
+    assert command_line([*arguments, "--overwrite"]) == 0

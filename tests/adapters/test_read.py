@@ -218,7 +218,9 @@ def test_state_dicts_hold_tensors_only(adapter_bytes: bytes) -> None:
     tensors: dict[str, Any] = dict(tensors_of(adapter_bytes))
     with pytest.raises(SnellaFileError, match="'x': expected a tensor under a name, got a list"):
         read_adapter({**tensors, "x": [1]})
-    with pytest.raises(SnellaFileError, match=r"'x': expected dense F32, F16, BF16, U8, I64 .*int32, tor"):
+    with pytest.raises(
+        SnellaFileError, match=r"'x': expected dense F32, F16, BF16, U8, I64 .*int32, tor"
+    ):
         read_adapter({**tensors, "x": torch.zeros(1, dtype=torch.int32)})
     with pytest.raises(SnellaFileError, match=r"got torch.float32, torch.strided, on meta"):
         read_adapter({**tensors, "x": torch.zeros(1, device="meta")})
