@@ -6,15 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, BinaryIO
 
-import torch
-
+from snell_diffusion.evaluation.bootstrap import interval
 from snell_diffusion.evaluation.classification_plan import Plan, Shots
 from snell_diffusion.evaluation.classification_records import Record, at_edge
-from snell_diffusion.training.randomness import generator
-
-_DRAWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -161,13 +157,10 @@ def difference(
         if other is None or record.test_accuracy is None or other.test_accuracy is None:
             continue
         by_seed.setdefault(record.seed, []).append(record.test_accuracy - other.test_accuracy)
-    values = torch.tensor([mean(found) for found in by_seed.values()], dtype=torch.float64)
-    if len(values) < 2:
+    if len(by_seed) < 2:
         return None
-    seeded = generator(0, "bootstrap")
-    drawn = torch.randint(len(values), (_DRAWS, len(values)), generator=seeded)
-    low, high = values[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return Difference(values.mean().item(), low.item(), high.item())
+    found = interval({("seeds", seed): mean(values) for seed, values in by_seed.items()})
+    return Difference(found.mean, found.low, found.high)
 
 
 def table(plan: Plan, rows: Sequence[Row]) -> str:
@@ -238,7 +231,7 @@ def _any_edge(rows: Sequence[Row]) -> bool:
     return any(row.edges for row in rows)
 
 
-def plot_shots(plan: Plan, rows: Sequence[Row], path: Path) -> None:
+def plot_shots(plan: Plan, rows: Sequence[Row], path: Path | BinaryIO) -> None:
     """Test accuracy against training images per class, a panel per task, a line per method."""
     from matplotlib.figure import Figure
 
@@ -265,7 +258,7 @@ def plot_shots(plan: Plan, rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def plot_parameters(plan: Plan, rows: Sequence[Row], path: Path) -> None:
+def plot_parameters(plan: Plan, rows: Sequence[Row], path: Path | BinaryIO) -> None:
     """Test accuracy against trained numbers, head included, a panel per task and kind of shots."""
     from matplotlib.figure import Figure
 
