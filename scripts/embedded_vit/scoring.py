@@ -5,13 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from embedded_base.data import NATURAL
 from PIL import Image
 from torch import Tensor
 from transformers import ViTForImageClassification
 
 from .painter import Batch, ScenePainter, paint_batch
 from .training import CLASSIFIED, SceneNet, to_input
-from .world import IGNORED, OBJECTS
+from .world import COLOR_NAMES, IGNORED, OBJECTS
 
 SHOTS = (1, 2, 4, 8, 16)  # labelled pictures per class
 
@@ -37,6 +38,14 @@ def scene_scores(
         guess = torch.cat([p[name] for p in parts]).argmax(1).numpy()
         asked = batch.labels[:, k] != IGNORED
         scores[name] = round(float((guess == batch.labels[:, k])[asked].mean()), 4)
+    right = torch.cat([p["object"] for p in parts]).argmax(1).numpy() == batch.labels[:, 0]
+    color = batch.labels[:, 1]
+    natural = color == COLOR_NAMES.index(NATURAL)
+    kinds = {"own colours": natural, "colour word": ~natural & (color != IGNORED)}
+    kinds["two-tone"] = color == IGNORED
+    for name, rows in kinds.items():
+        if rows.any():
+            scores[f"object, {name}"] = round(float(right[rows].mean()), 4)
     error = np.abs(torch.cat([p["geometry"] for p in parts]).numpy() - batch.geometry)
     scores["centre error in pixels"] = round(float(error[:, :2].mean() * 32), 2)
     scores["size error in pixels"] = round(float(error[:, 2].mean() * 64), 2)
