@@ -21,11 +21,12 @@ KEPT = "kept.png"
 def updates(pipe: Any) -> Iterator[tuple[str, Tensor]]:
     """(component.module path, ΔW) of every adapted layer, float32 [O, ...] on the CPU.
 
-    ΔW is what merging would add to the weight. Layers whose method adds no matrix are left out.
+    ΔW is what merging would add to the weight. Layers whose method adds no matrix are left out, and
+    norms, whose weight is none.
     """
     for name, layer in tuner_layers(models_of(pipe)):
         found = _update(layer)
-        if found is not None:
+        if found is not None and found.dim() > 1:
             yield name, found.to_dense().float().cpu()
 
 
