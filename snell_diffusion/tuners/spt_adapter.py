@@ -23,7 +23,8 @@ from snell_diffusion.core.sensitivity import adapter_size
 from snell_diffusion.tuners.layer import DeltaLayer
 from snell_diffusion.tuners.registry import Method
 from snell_diffusion.tuners.roles import role_of
-from snell_diffusion.tuners.spt_layer import SptConfig, SptLayer, SptModel, SptNorm, names_of
+from snell_diffusion.tuners.spt_config import SptConfig
+from snell_diffusion.tuners.spt_layer import SptLayer, SptModel, SptNorm, names_of
 
 __all__ = [
     "METHOD",

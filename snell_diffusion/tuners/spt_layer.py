@@ -1,4 +1,4 @@
-"""What SPT-LoRA and SPT-Adapter share: settings, single entries, vectors, norms, placement.
+"""What SPT-LoRA and SPT-Adapter share: single entries, vectors, norms, placement.
 
     W = W0 + scale · scatter(v)     at the selection's positions, v from 0; biases and norms alike
     whole vectors: bias + scale · δ, δ from 0                    SPT (arXiv:2303.08566)
@@ -9,12 +9,11 @@ two methods differ, is in spt_lora.py and spt_adapter.py.
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -22,151 +21,18 @@ from snell_diffusion.core import ScaledSum, WholeUpdate
 from snell_diffusion.core.precision import HALVES, full
 from snell_diffusion.core.sensitivity import scatter
 from snell_diffusion.errors import SnellaConfigError, shown
-from snell_diffusion.tuners.base import (
-    DeltaConfig,
-    check_bool,
-    check_int,
-    check_number,
-    config_field,
-)
+from snell_diffusion.tuners.base import DeltaConfig
 from snell_diffusion.tuners.containers import PreciseBufferDict, PreciseParameterDict
 from snell_diffusion.tuners.layer import DeltaLayer
-from snell_diffusion.tuners.placement import PlacedModel, linears, placed
-from snell_diffusion.tuners.roles import ROLES, role_of
-from snell_diffusion.tuners.spt_selection import SptSelection, is_norm, select
+from snell_diffusion.tuners.placement import PlacedModel
+from snell_diffusion.tuners.roles import role_of
+from snell_diffusion.tuners.spt_config import KINDS, TUNED, SptConfig
+from snell_diffusion.tuners.spt_selection import is_norm
 from snell_diffusion.tuners.transform import TransformLayer
 
-__all__ = ["SptConfig", "SptLayer", "SptModel", "SptNorm"]
+__all__ = ["SptLayer", "SptModel", "SptNorm", "names_of"]
 
-KINDS = ("weight", "bias")
-TUNED = ("entries", "bias_entries", "weight", "bias")
 PLACES = ("positions", "bias_positions")
-
-
-@dataclass
-class SptConfig(DeltaConfig):
-    """Settings both SPT methods have.
-
-    The paper's: r 8, alpha 10, beta 5, budgets of 0.05 to 1 million parameters, 16 batches of 32.
-
-    Raises:
-        SnellaConfigError: A value is out of range.
-    """
-
-    default_roles: ClassVar[tuple[str, ...] | None] = tuple(ROLES)
-    not_saved: ClassVar[tuple[str, ...]] = ("selection",)
-
-    r: int = config_field(DeltaConfig, "r", 8)
-    selection: dict[str, Any] | None = field(
-        default=None,
-        metadata={
-            "help": "what is tuned, as the sensitivity pass found it; without one, and without a "
-            "budget, every target layer gets its structured module and nothing else is tuned"
-        },
-    )
-    budget: int | None = field(
-        default=None,
-        metadata={"help": "parameters to tune, 1 or more: the sensitivity pass chooses which"},
-    )
-    batches: int = field(
-        default=16, metadata={"help": "batches of the sensitivity pass, 1 or more"}
-    )
-    alpha: float = field(
-        default=10.0,
-        metadata={
-            "help": "a matrix gets its structured module when 1/alpha as many of its entries as "
-            "the module has parameters are among the most sensitive, above 0"
-        },
-    )
-    beta: float = field(
-        default=5.0,
-        metadata={"help": "a vector is tuned whole when 1/beta of its entries are, above 0"},
-    )
-    structured_only: bool = field(default=False, metadata={"help": "tune no single entries"})
-    structured_vectors: bool = field(
-        default=True, metadata={"help": "whether vectors (biases, norms) may be tuned whole"}
-    )
-    tune_norms: bool = field(default=True, metadata={"help": "whether norms may be tuned"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.budget is not None:
-            check_int("budget", self.budget, at_least=1)
-        check_int("batches", self.batches, at_least=1)
-        for name in ("alpha", "beta"):
-            check_number(name, getattr(self, name), "above 0", lambda value: value > 0)
-        for name in ("structured_only", "structured_vectors", "tune_norms"):
-            check_bool(name, getattr(self, name))
-        if self.selection is not None:
-            self.selection = SptSelection.from_dict(self.selection).to_dict()
-
-    @property
-    def chosen(self) -> SptSelection | None:
-        """The selection; None where every target is tuned by a structured module."""
-        return None if self.selection is None else SptSelection.from_dict(self.selection)
-
-    @property
-    def wants_selection(self) -> bool:
-        """Whether a sensitivity pass has to come before the model is adapted."""
-        return self.budget is not None and self.selection is None
-
-    def selected(
-        self,
-        model: nn.Module,
-        losses: Iterable[Tensor],
-        *,
-        extra: int = 0,
-        public_sweep: bool = False,
-    ) -> Self:
-        """This config with what the sensitivity pass chooses for its budget; see `select`.
-
-        Raises:
-            SnellaConfigError: It has no budget, or no layer of the model is a target.
-            SnellaValueError: The pass failed, or nothing comes close to the budget.
-        """
-        if self.budget is None:
-            raise SnellaConfigError(
-                f"budget of {self.method} must be set for a sensitivity pass: the number of "
-                "parameters to tune"
-            )
-        found = select(
-            *(model, losses, self, self.budget),
-            targets=target_paths(model, self),
-            extra=extra,
-            public_sweep=public_sweep,
-        )
-        return replace(self, selection=found.to_dict())
-
-    @classmethod
-    def stored(
-        cls, settings: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Sequence[int]]]
-    ) -> Self:
-        """With the selection that the tensors of a file are of; their positions come with them."""
-        prefix = f"{cls.method.lower()}_"
-        structured: list[str] = []
-        vectors: list[str] = []
-        entries: dict[str, int] = {}
-        for path, held in shapes.items():
-            own = {name.removeprefix(prefix): shape for name, shape in held.items()}
-            if "down" in own:
-                structured.append(path)
-            vectors += [f"{path}.{kind}" for kind in KINDS if kind in own]
-            entries |= {
-                f"{path}.{kind}": own[name][0]
-                for kind, name in zip(KINDS, TUNED[:2], strict=True)
-                if name in own
-            }
-        found = SptSelection(tuple(structured), tuple(vectors), entries)
-        return cls(
-            **settings,
-            selection=found.to_dict(),
-            target_modules=list(shapes),
-            inference_mode=True,
-        )
-
-    @abstractmethod
-    def module_size(self, path: str, outputs: int, inputs: int) -> int:
-        """Parameters of the structured module of a layer [O, I]."""
 
 
 class SptLayer(TransformLayer):
@@ -407,28 +273,6 @@ class _Entries(WholeUpdate):
 
     def __init__(self, positions: Tensor, shape: torch.Size) -> None:
         super().__init__(lambda values: scatter(values, positions, shape))
-
-
-def target_paths(model: nn.Module, config: SptConfig) -> list[str]:
-    """Paths of the Linear layers that the config's targets are in a model.
-
-    Raises:
-        SnellaConfigError: There is none.
-    """
-    paths = linears(model)
-    wanted = config
-    if config.target_modules is None:
-        roles = config.default_roles or ()
-        wanted = replace(config, target_modules=placed(config.method, roles, model))
-    elif config.target_modules == "all-linear":
-        return paths
-    found = [path for path in paths if check_target_module_exists(wanted, path)]
-    if not found:
-        raise SnellaConfigError(
-            f"no Linear layer of {type(model).__name__} is among target_modules "
-            f"{config.target_modules!r}"
-        )
-    return found
 
 
 def _base(module: nn.Module) -> nn.Module:

@@ -20,7 +20,8 @@ from snell_diffusion.core.precision import full, no_autocast
 from snell_diffusion.core.sensitivity import lora_size
 from snell_diffusion.tuners.layer import DeltaLayer
 from snell_diffusion.tuners.registry import Method
-from snell_diffusion.tuners.spt_layer import SptConfig, SptLayer, SptModel, SptNorm, names_of
+from snell_diffusion.tuners.spt_config import SptConfig
+from snell_diffusion.tuners.spt_layer import SptLayer, SptModel, SptNorm, names_of
 
 __all__ = ["METHOD", "SptLoraConfig", "SptLoraLayer", "SptLoraModel", "SptLoraNormLayer"]
 

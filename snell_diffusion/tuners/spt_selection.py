@@ -21,7 +21,7 @@ from snell_diffusion.errors import SnellaConfigError, SnellaValueError, quoted, 
 from snell_diffusion.tuners.weights import has_plain_weight
 
 if TYPE_CHECKING:
-    from snell_diffusion.tuners.spt_layer import SptConfig
+    from snell_diffusion.tuners.spt_config import SptConfig
 
 __all__ = ["SptSelection", "is_norm", "select"]
 

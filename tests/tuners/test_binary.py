@@ -250,8 +250,10 @@ def test_blocks_that_are_not_known():
     layer = BinaryAdapterLayer(nn.Linear(9, 8), "default", BinaryAdapterConfig(r=4), "fc2")
     with pytest.raises(SnellaConfigError, match="has no norm of a known name"):
         layer(torch.randn(2, 9))
-    norm = nn.LayerNorm(4)
+    norm, other = nn.LayerNorm(4), nn.LayerNorm(8)
+    layer.watch(other)
     layer.watch(norm)
+    assert not other._forward_pre_hooks
     with pytest.raises(SnellaValueError, match=r"which did not run before it.*use Bi-LoRA"):
         layer(torch.randn(2, 9))
     norm(torch.randn(2, 4))
