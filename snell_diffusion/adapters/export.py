@@ -18,7 +18,8 @@ from snell_diffusion.adapters.load import load_adapter
 from snell_diffusion.adapters.read import AdapterFile
 from snell_diffusion.adapters.state import adapter_layers
 from snell_diffusion.errors import SnellaValueError
-from snell_diffusion.tuners import DeltaLayer
+from snell_diffusion.tuners import METHODS, DeltaLayer
+from snell_diffusion.tuners.transform import TransformLayer
 
 __all__ = [
     "EXPORT_KEY",
@@ -152,7 +153,16 @@ def update_layers(file: AdapterFile) -> dict[tuple[str, str], DeltaLayer]:
 
     Raises:
         SnellaError: As `load_adapter`: tensors that do not fit the layer table or each other.
+        SnellaValueError: A method whose effect is no such matrix.
     """
+    for part in file.header.components.values():
+        layer = METHODS[part.method.upper()].model.tuner_layer_cls
+        if issubclass(layer, TransformLayer):
+            raise SnellaValueError(
+                f"{file.source}: method {part.method!r} is no matrix added to each weight, which "
+                "this needs: load the adapter with load_snella_weights, or, where the method can "
+                "be merged, export it with --format merged"
+            )
     models: dict[str, nn.Module] = {
         name: skeleton({path: zero_layer(form_in(row)) for path, row in part.layers.items()})
         for name, part in file.header.components.items()

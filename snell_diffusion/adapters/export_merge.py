@@ -10,6 +10,7 @@ from snell_diffusion.adapters.read import AdapterFile
 from snell_diffusion.adapters.state import Components, adapter_layers
 from snell_diffusion.errors import SnellaValueError
 from snell_diffusion.tuners import DeltaLayer
+from snell_diffusion.tuners.transform import TransformLayer
 
 __all__ = ["merge_adapter"]
 
@@ -44,24 +45,41 @@ def merge_adapter(
             for component, path, layer in layers
         )
         for _, _, layer in layers:
-            layer.get_base_layer().weight.copy_(_merged(layer, dtype))
+            base = layer.get_base_layer()
+            for name, value in _merged(layer, dtype).items():
+                if getattr(base, name) is None:
+                    setattr(base, name, torch.nn.Parameter(value, requires_grad=False))
+                else:
+                    getattr(base, name).copy_(value)
     finally:
         for model in components.values():
             remove_adapter(model, NAME)
     return rows
 
 
-def _merged(layer: DeltaLayer, dtype: torch.dtype) -> torch.Tensor:
+def _merged(layer: DeltaLayer, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The new values of the base's parameters, rounded once."""
+    if isinstance(layer, TransformLayer):
+        if not layer.mergeable:
+            raise SnellaValueError(layer.why_not_mergeable())
+        values = layer.merged_parameters((NAME,))
+        return {name: value.to(dtype) for name, value in values.items()}
     weight: torch.Tensor = layer.get_base_layer().weight
-    return layer.folded(weight, layer.get_delta_weight(NAME)).to(dtype)
+    return {"weight": layer.folded(weight, layer.get_delta_weight(NAME)).to(dtype)}
 
 
 def _measure(name: str, layer: DeltaLayer, dtype: torch.dtype, source: str) -> LayerError:
-    weight, delta = layer.get_base_layer().weight, layer.get_delta_weight(NAME)
-    merged = _merged(layer, dtype)
-    if not bool(torch.isfinite(merged).all()):
+    weight, merged = layer.get_base_layer().weight, _merged(layer, dtype)
+    if not all(bool(torch.isfinite(value).all()) for value in merged.values()):
         raise SnellaValueError(
             f"{source}: {name}: weight plus update exceeds the range of {dtype}; "
             "merge into bfloat16 or float32"
         )
-    return LayerError.of(name, delta, (merged.double() - weight.double()).flatten(1))
+    rounded = merged.get("weight", weight)
+    if isinstance(layer, TransformLayer):
+        exact = layer.merged_parameters((NAME,)).get("weight", weight)
+        delta = exact - weight.to(exact.dtype)
+    else:
+        delta = layer.get_delta_weight(NAME)
+    change = (rounded.double() - weight.double()).view(len(weight), -1)
+    return LayerError.of(name, delta.view(len(weight), -1), change)

@@ -49,6 +49,7 @@ EXCLUDED = {
     "offload_encoders": "chosen by the device",
     "optimizer": _CODE,
     "optimizer_args": _CODE,
+    "method_args": "settings of methods that this page does not offer",
     "instance_prompt": _PAGE,
     "class_prompt": _PAGE,
     "new_tokens": _PAGE,
@@ -69,6 +70,8 @@ EXCLUDED = {
     "overwrite": _RUN,
     "dry_run": _RUN,
 }
+# Of a setting with more choices than the page can work with.
+CHOICES = {"method": ("snella", "snell", "klora", "mixk", "lora")}
 _NAME_RULES = (
     (("_dir", "_path", "_file"), "names a path"),
     (("_hub", "hub_model_id", "hub_private_repo"), "uploads to a hub"),
@@ -188,7 +191,7 @@ _KINDS = {bool: "flag", int: "whole", float: "number", str: "text"}
 
 def _kind(name: str, kind: Any) -> tuple[str, tuple[str, ...]]:
     if get_origin(kind) is Literal:
-        return "choice", get_args(kind)
+        return "choice", CHOICES.get(name, get_args(kind))
     if get_origin(kind) is list and _without_limits(get_args(kind)[0])[0] is str:
         return "list", ()
     if kind not in _KINDS:

@@ -49,6 +49,10 @@ class Adapter:
     prompt: str = ""
 
 
+DRAWN = "snella"
+"""The method that the page's sliders and maps are about; SNELL, KLoRA and MixK are stored as it."""
+
+
 class Library:
     """Adapters by id.
 
@@ -150,9 +154,16 @@ class Library:
 
     def _checked(self, content: bytes, path: Path, shown: str) -> Any:
         try:
-            return read_adapter(content, shown)
+            file = read_adapter(content, shown)
         except SnellaError as error:
             raise SnellaValueError(_why_not(path, shown, str(error))) from error
+        others = {part.method for part in file.header.components.values()} - {DRAWN}
+        if others:
+            raise SnellaValueError(
+                f"{shown} is an adapter of the method {', '.join(sorted(others))}, and this page "
+                "draws with SNELLA's: load it with load_snella_weights in Python"
+            )
+        return file
 
     def _require_place(self, size: int) -> None:
         if len(self._uploads()) >= self._limits.uploaded_adapters:

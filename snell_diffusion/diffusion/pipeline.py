@@ -384,8 +384,14 @@ def set_snella_sparsity(
             for model in models.values()
             for _, layer in delta_layers(model)
             for name in names
-            if name in layer.configs
+            if name in layer.configs and hasattr(layer, "set_sparsity")
         ]
+        without = set(names) - {name for _, name in layers}
+        if without and (adapter_name is not None or not layers):
+            raise SnellaValueError(
+                f"adapter(s) {shown(without)} are of a method without sparsity levels: only SNELLA "
+                "and SNELL have them"
+            )
         for layer, name in layers:
             if level and layer.configs[name].sparsify == "none":
                 raise SnellaValueError(

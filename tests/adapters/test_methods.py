@@ -13,6 +13,8 @@ from snell_diffusion import SnellaConfig
 from snell_diffusion.__main__ import main as command_line
 from snell_diffusion.adapters import load_adapter, read_adapter, save_adapter
 from snell_diffusion.adapters.container import encode, read_head, read_tensors
+from snell_diffusion.adapters.export_lora import export_lora
+from snell_diffusion.adapters.export_merge import merge_adapter
 from snell_diffusion.adapters.quantize import quantize_adapter, rounded
 from snell_diffusion.adapters.schema import DIGEST_KEY, HEADER_KEY, digest
 from snell_diffusion.adapters.state import adapter_state
@@ -22,7 +24,7 @@ from snell_diffusion.errors import SnellaError
 from snell_diffusion.tuners import METHODS, delta_layers
 from snell_diffusion.tuners.recipes import RECIPES, recipe
 from snell_diffusion.tuners.transform import TransformLayer
-from tests.tiny_models import sd15_unet
+from tests.tiny_models import pipeline, sd15_unet
 
 OURS = [name for name, found in RECIPES.items() if found.ours]
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
@@ -379,3 +381,42 @@ def test_quantize_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert command_line(arguments) == 1
     assert "pass --overwrite" in capsys.readouterr().err
     assert command_line([*arguments, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize("name", ["arc", "spt_lora", "hta", "binary_lora"])
+def test_merging_for_good_leaves_stock_modules_that_compute_the_same(
+    name: str, tmp_path: Path
+) -> None:
+    file = read_adapter(save_adapter(tmp_path / "a.safetensors", {"unet": trained(name)}))
+    model = sd15_unet().eval()
+    rows = merge_adapter({"unet": model}, file)
+    assert max(row.relative for row in rows) < 1e-5
+    torch.testing.assert_close(call(model), call(trained(name)), rtol=1e-4, atol=1e-5)
+    assert not list(delta_layers(model))
+
+
+@pytest.mark.parametrize("name", ["spt_adapter", "binary_adapter"])
+def test_what_cannot_be_merged_leaves_the_model_as_it_was(name: str, tmp_path: Path) -> None:
+    file = read_adapter(save_adapter(tmp_path / "a.safetensors", {"unet": trained(name)}))
+    model = sd15_unet().eval()
+    with pytest.raises(ValueError, match="cannot be merged"):
+        merge_adapter({"unet": model}, file)
+    assert torch.equal(call(model), call(sd15_unet().eval()))
+
+
+def test_a_lora_of_what_is_no_matrix_is_refused(tmp_path: Path) -> None:
+    file = read_adapter(save_adapter(tmp_path / "a.safetensors", {"unet": trained("arc")}))
+    with pytest.raises(SnellaError, match="is no matrix added to each weight"):
+        export_lora(file, tmp_path / "b.safetensors", 4, "lora")
+
+
+def test_levels_belong_to_methods_that_have_them(tmp_path: Path) -> None:
+    pipe = pipeline()
+    for name in ("hta", "snella"):
+        path = save_adapter(tmp_path / f"{name}.safetensors", {"unet": trained(name)})
+        pipe.load_snella_weights(str(path), adapter_name=name)
+    with pytest.raises(SnellaError, match=r"'?hta'? are of a method without sparsity levels"):
+        pipe.set_snella_sparsity(0.5, "hta")
+    pipe.set_snella_sparsity(0.5)
+    levels = [x.sparsity("snella") for _, x in delta_layers(pipe.unet, "snella")]
+    assert set(levels) == {0.5}
