@@ -8,6 +8,7 @@ import torch
 
 from snell_diffusion.core import Allocator
 from snell_diffusion.errors import SnellaConfigError
+from snell_diffusion.tuners.snella_config import VISION
 from snell_diffusion.vision.loading import Base, load_base
 from snell_diffusion.vision.method import COMPONENT, adapt, level_setting, method_config
 from snell_diffusion.vision.optimization import build_competition, parameter_groups
@@ -127,13 +128,19 @@ def test_methods_without_competition(method: str, bases: dict[str, str]) -> None
     assert build_competition(config, {COMPONENT: base.model}, 3, 6) is None
 
 
-def test_paper_protocol_takes_the_published_settings(bases: dict[str, str]) -> None:
+def test_paper_protocol_takes_the_published_settings(
+    bases: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the method too, unless they are given; dropout is placed, not the method's."""
+    monkeypatch.setitem(VISION, "scale", 4.0)
+    monkeypatch.setitem(VISION, "train_beta", False)
     base = load_base(bases["vit"], 3)
     config = runs.config(bases["vit"], Path("x"), None, protocol="paper", method="snella")
     settings = method_config(config, base, 6)
     assert (settings.scale, settings.train_beta, settings.dropout) == (1.0, True, 0.0)
     assert config.dropout == 0.1
+    ours = method_config(runs.config(bases["vit"], Path("x"), None, method="snella"), base, 6)
+    assert (ours.scale, ours.train_beta, ours.dropout) == (4.0, False, 0.0)
     given = runs.config(
         bases["vit"], Path("x"), None, protocol="paper", method="snella", update_scale=3.0
     )

@@ -162,23 +162,36 @@ def test_half_precision(bases: dict[str, str], pictures: Path, tmp_path: Path) -
 
 
 def test_best_epoch_is_kept_and_test_is_not_looked_at(
-    bases: dict[str, str], pictures: Path, tmp_path: Path
+    bases: dict[str, str], pictures: Path
 ) -> None:
     """The weights kept are those of the best validation; test labels change nothing."""
     config = runs.config(
-        bases["vit"], pictures, tmp_path, method="lora", rank=2, num_train_epochs=5
+        bases["vit"],
+        pictures,
+        None,
+        method="lora",
+        rank=2,
+        num_train_epochs=5,
+        learning_rate=2e-2,
+        lr_scheduler="constant",
     )
-    result = run(config)
+    task = load_task(config, config.seed, config.select_on)
+    # With wrong labels to choose on, what is learned makes it worse: an early epoch is the best.
+    wrong = dataclasses.replace(task.validation, labels=(task.validation.labels + 1) % 3)
+    task = dataclasses.replace(task, validation=wrong)
+    result = run(config, task=task)
     measured = [e for e in result.history if e["event"] == "validation"]
     best = max(measured, key=lambda e: (e["validation_accuracy"], -e["validation_loss"]))
-    assert result.kept_step == best["step"]
+    assert result.kept_step == best["step"] < result.step
     assert result.validation_accuracy == best["validation_accuracy"]
-    assert result.validation.loss == pytest.approx(best["validation_loss"], rel=1e-6)
+    inputs = Inputs(task.validation, result.classifier.preprocess, False, config)
+    with torch.no_grad():
+        scores = result.classifier(inputs.pixels(range(12)))
+    loss = torch.nn.functional.cross_entropy(scores, inputs.labels(range(12)))
+    assert loss.item() == pytest.approx(best["validation_loss"], rel=1e-5)
 
-    task = load_task(config, config.seed, config.select_on)
     shifted = dataclasses.replace(task.test, labels=(task.test.labels + 1) % 3)
-    silent = dataclasses.replace(config, output_dir=None)
-    other = run(silent, task=dataclasses.replace(task, test=shifted))
+    other = run(config, task=dataclasses.replace(task, test=shifted))
     assert other.kept_step == result.kept_step
     torch.testing.assert_close(trained(other), trained(result), rtol=0, atol=0)
 
@@ -222,6 +235,8 @@ def test_level_search(bases: dict[str, str], pictures: Path, tmp_path: Path) -> 
     torch.testing.assert_close(left["classifier.weight"], single.classifier.model.classifier.weight)
     log = (tmp_path / "run" / f"level-{result.level}" / "result.json").read_text()
     assert json.loads(log)["test"] is None  # levels are compared without it
+    silent = dataclasses.replace(config, output_dir=None, levels=[0.9, 0.3])
+    assert run(silent).level == result.level  # whatever the order
     again = run(dataclasses.replace(config, resume_from_checkpoint="latest"))
     assert (again.level, again.tried) == (result.level, result.tried)
     assert again.test_accuracy == result.test_accuracy
