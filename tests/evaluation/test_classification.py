@@ -22,6 +22,8 @@ from snell_diffusion.evaluation.classification_records import (
     save_record,
 )
 from snell_diffusion.training.errors import NonFiniteError
+from snell_diffusion.vision.loading import load_base
+from snell_diffusion.vision.method import adapt
 
 pytest.importorskip("sklearn", reason="the plans are about scikit-learn's digits")
 
@@ -284,3 +286,27 @@ def test_it_runs_for_real_from_the_command_line(
     before = {path: path.stat().st_mtime_ns for path in (out / "records").iterdir()}
     classification.main(parser.parse_args([*given, "--report-only"]))
     assert before == {path: path.stat().st_mtime_ns for path in (out / "records").iterdir()}
+
+
+# -- the plan that is shipped ----------------------------------------------------------------------
+
+
+def test_the_shipped_plan_compares_methods_of_equal_size() -> None:
+    shipped = Plan.read(
+        Path(__file__).parents[2] / "configs" / "evaluation" / "classification.yaml"
+    )
+    assert shipped.shots == (1, 2, 4, 8, 16, "all")
+    assert len(shipped.seeds) == 5
+    assert set(shipped.methods) == {
+        *("linear_probe", "full", "lora", "dora", "shira", "snell", "snella_paper", "snella_ours"),
+        *("spt_lora", "arc", "hta", "binary_lora"),
+    }
+    trained = {}
+    for name in sorted(set(shipped.methods) - {"spt_lora", "full"}):  # SPT's needs images
+        config = shipped.config("digits", "all", name, 0, None)
+        base = load_base(config.base, 10)
+        trained[name] = adapt(config, base, 80, lambda settings: settings).adapter
+    assert trained.pop("linear_probe") == 0
+    assert trained.pop("dora") == 51840
+    assert all(abs(size / shipped.budget - 1) < 0.005 for size in trained.values()), trained
+    assert shipped.config("digits", "all", "spt_lora", 0, None).method_settings == {"budget": 41472}
