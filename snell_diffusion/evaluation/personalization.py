@@ -9,6 +9,7 @@ Each run trains on a subject's photos but the last, with the trainer of this pac
 process. Finished runs are not repeated.
 """
 
+import json
 import math
 import shutil
 import tempfile
@@ -42,7 +43,7 @@ from snell_diffusion.evaluation.pictures import Task
 from snell_diffusion.evaluation.plan import Plan, Subject
 from snell_diffusion.evaluation.prompts import PROMPTS, PromptSet
 from snell_diffusion.evaluation.records import Record, digest_of, read_record, save_record
-from snell_diffusion.evaluation.results import ABOUT
+from snell_diffusion.evaluation.results import ABOUT, read_table
 from snell_diffusion.evaluation.scoring import Scorer
 from snell_diffusion.evaluation.stamp import program, stamp
 from snell_diffusion.evaluation.tuning import best_rate
@@ -98,6 +99,7 @@ class Runner:
         self._base: Base | None = None
         self._probes: dict[str, DriftProbe] = {}
         self._chosen: dict[str, dict[str, float]] = {}
+        self._noted = False
 
     def run_all(self, shard: Shard = (0, 1)) -> None:
         """Every run of this shard (i of n) that has no record yet, with the time left.
@@ -105,7 +107,7 @@ class Runner:
         Trials come first. What of them other shards have not done when they are needed is done
         here too: a trial's numbers do not depend on who runs it.
         """
-        write_json(self.output / ABOUT, {**stamp(program()), "plan": asdict(self.plan)})
+        self._note_plan()
         trials = list(self.plan.trials())
         for trial in self._mine(trials, shard, "trials"):
             self.trial(*trial)
@@ -113,6 +115,18 @@ class Runner:
             self.reported(method, subject, seed)
         for subject in self._mine(list(self.plan.reported), shard, "base"):
             self.bare(subject)
+
+    def _note(self) -> None:
+        """Say where and how it is measured, once this process measures anything."""
+        if not self._noted:
+            write_json(self.output / ABOUT, {**stamp(program()), "plan": asdict(self.plan)})
+            self._noted = True
+
+    def _note_plan(self) -> None:
+        """Say it also where a finished comparison was made with another plan, or says nothing."""
+        path, plan = self.output / ABOUT, json.loads(json.dumps(asdict(self.plan)))
+        if not path.exists() or read_table(path).get("plan") != plan:
+            self._note()
 
     @staticmethod
     def _mine(runs: list[Any], shard: Shard, what: str) -> Iterator[Any]:
@@ -278,6 +292,7 @@ class Runner:
 
     def _measured(self, method: str, subject: Subject, config: TrainConfig) -> Record:
         """Train one method on one subject, then measure it; a run that diverged says so."""
+        self._note()
         probe = self._probe(subject)  # before the memory is counted
         record = _fresh(method, subject, config, self.digest(config, subject))
         folder = Path(config.output_dir)
@@ -351,8 +366,13 @@ def _filled(record: Record, result: RunResult, peak: Peak, drift: float) -> Reco
 
 
 def middle(kept: Sequence[Sequence[Any]]) -> list[str]:
-    """The layer whose kept weights are drawn: the middle one through the network."""
-    return [kept[len(kept) // 2][0]] if kept else []
+    """The layer whose kept weights are drawn: nearest to the middle, of those kept in part.
+
+    Where there is none, the middle one.
+    """
+    partly = [i for i, (_, some, size) in enumerate(kept) if 0 < some < size]
+    nearest = min(partly or range(len(kept)), key=lambda i: abs(i - len(kept) // 2), default=None)
+    return [] if nearest is None else [kept[nearest][0]]
 
 
 def stored_bytes(path: Path) -> int:

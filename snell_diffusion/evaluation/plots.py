@@ -128,7 +128,8 @@ def costs(rows: Sequence[Row], style: Style) -> bytes:
                 point(axes, x, row.values[LOSS.name], style[row.method], row.method)
     labels = ("trained numbers", "stored, KiB", "peak memory of the training, MiB")
     for axes, label in zip(panels, labels, strict=True):
-        axes.set_xscale("log")
+        if axes is not panels[-1]:  # memory differs by a few times only
+            axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.set_xlabel(label)

@@ -111,7 +111,12 @@ def _quality(found: Sequence[Row], results: Personalization) -> Table:
         cells = [_base_score(list(scored.values()), m) for m in measures]
         lines.append(["(the base)", "", *cells])
     head = ["method", "runs", *(m.title for m in measures)]
-    return Table(head, lines, f"Means and intervals.{_spaces(results)}", results.reference)
+    return Table(
+        head,
+        lines,
+        f"Means and intervals, the reference in bold.{_spaces(results)}",
+        results.reference,
+    )
 
 
 def _runs(row: Row) -> str:
@@ -205,8 +210,8 @@ def _pictures(
             "maps",
             plots.map_sheet(results.maps),
             "Which entries of one layer's weight each sparse method changes.",
-            "The entries that one run changes in the middle layer: rows are outputs, columns "
-            "inputs, dark is changed.",
+            "The entries that one run changes in one layer, the nearest to the middle of those it "
+            "changes in part: rows are outputs, columns inputs, dark is changed.",
         )
 
 

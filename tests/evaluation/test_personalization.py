@@ -16,7 +16,7 @@ from snell_diffusion.evaluation import personalization
 from snell_diffusion.evaluation.__main__ import main
 from snell_diffusion.evaluation.base import Base
 from snell_diffusion.evaluation.drift import DriftProbe, class_prompts
-from snell_diffusion.evaluation.personalization import Runner
+from snell_diffusion.evaluation.personalization import Runner, middle
 from snell_diffusion.evaluation.plan import Plan
 from snell_diffusion.evaluation.records import read_record, read_records
 from snell_diffusion.training.errors import NonFiniteError
@@ -58,13 +58,21 @@ def test_every_method_is_trained_and_measured(measured: Path) -> None:
 def test_a_run_leaves_pictures_and_what_it_trained_but_no_checkpoint(measured: Path) -> None:
     folder = measured / "out" / "runs" / "ours--cat--0"
     names = sorted(p.name for p in (folder / "pictures").iterdir())
-    assert names == ["00-00.png", "00-01.png", "01-00.png", "01-01.png"]
+    assert names == ["00-00.png", "00-01.png", "01-00.png", "01-01.png", "prompts.json"]
     assert (folder / "pytorch_snella_weights.safetensors").is_file()
     assert not (folder / "checkpoints").exists()
     with Image.open(folder / "kept.png") as picture:
         assert picture.mode == "1"
     with Image.open(folder / "sheet.png") as picture:
         assert picture.width > picture.height > 200
+
+
+def test_the_layer_that_is_drawn_is_kept_in_part() -> None:
+    kept = [["a", 1, 4], ["b", 0, 4], ["c", 4, 4], ["d", 4, 4], ["e", 3, 4]]
+    assert middle(kept) == ["a"]
+    assert middle(kept[1:]) == ["e"]
+    assert middle(kept[1:3]) == ["c"]
+    assert middle([]) == []
 
 
 def test_start_noise_is_shared_by_all_methods(measured: Path) -> None:
