@@ -20,7 +20,7 @@ def adapted(method: str, model: nn.Module, names: list[str]) -> nn.Module:
     recipe = RECIPES[method]
     targets = tuner_targets(model, names, whole=recipe.ours)
     settings = {"rank": RANKS.get(method, 4)} if "rank" in recipe.settings else {}
-    config = recipe.config(settings, targets, seed=0, domain="vision", chosen=True, steps=100)
+    config = recipe.config(settings, targets, seed=0, domain="vision", steps=100)
     model.requires_grad_(False)
     return inject_adapter_in_model(config, model)
 
