@@ -11,6 +11,7 @@ from torch import nn
 from snell_diffusion.errors import SnellaConfigError, shown
 from snell_diffusion.training.adapter_tensors import trainable_parameters, tuner_layers
 from snell_diffusion.training.randomness import seed_torch
+from snell_diffusion.tuners.grouping import group_small_layers
 from snell_diffusion.tuners.recipes import RECIPES, Recipe, list_methods, recipe
 from snell_diffusion.tuners.snella_config import VISION, SnellaConfig
 from snell_diffusion.vision.config import VisionConfig
@@ -181,9 +182,23 @@ def adapt(config: VisionConfig, base: Base, steps: int, choose: Choose) -> Sizes
         parameter.data = parameter.data.float()
     published = config.dropout if placed_as_published(config) else None
     place_branches(model, published or 0.0, config.drop_path or 0.0)
+    if not (published or config.drop_path):  # else layers are asked twice in a pass
+        group_small_layers(model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        _checkpoint_activations(base)
     return _sizes(model, size, extras)
+
+
+def _checkpoint_activations(base: Base) -> None:
+    """Have the blocks compute their activations again backwards."""
+    ways = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # before its rename
+    way = next(getattr(base.model, name) for name in ways if hasattr(base.model, name))
+    try:
+        way({"use_reentrant": False})
+    except ValueError as error:
+        raise SnellaConfigError(
+            f"gradient_checkpointing: {base.family.name} of transformers has none; leave it off"
+        ) from error
 
 
 def inject(model: nn.Module, settings: PeftConfig, seed: int) -> None:

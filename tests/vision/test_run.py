@@ -145,6 +145,17 @@ def test_run_folder(bases: dict[str, str], pictures: Path, tmp_path: Path) -> No
         run(config)
 
 
+def test_gradient_checkpointing(bases: dict[str, str], pictures: Path) -> None:
+    """The same training with activations computed again; ConvNeXt has none and says so."""
+    shared: dict[str, Any] = {"method": "snella", "rank": 4}
+    plain = trained(run(runs.config(bases["vit"], pictures, None, **shared)))
+    shared["gradient_checkpointing"] = True
+    again = trained(run(runs.config(bases["vit"], pictures, None, **shared)))
+    torch.testing.assert_close(again, plain, rtol=0, atol=1e-4, equal_nan=True)
+    with pytest.raises(SnellaConfigError, match="ConvNeXt of transformers has none"):
+        run(runs.config(bases["convnext"], pictures, None, **shared))
+
+
 def test_half_precision(bases: dict[str, str], pictures: Path, tmp_path: Path) -> None:
     """A bfloat16 base trains float32 adapters and head; what is loaded says the same."""
     config = runs.config(
