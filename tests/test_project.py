@@ -25,12 +25,13 @@ ADAPTERS = (
 )
 TRAINING = (
     ADAPTERS[0] | {"training"},
-    ADAPTERS[1] | {"deepspeed", "matplotlib", "numpy", "PIL", "tqdm"},
+    ADAPTERS[1] | {"deepspeed", "matplotlib", "numpy", "PIL", "tqdm", "yaml"},
 )
 DIFFUSION = (
     TRAINING[0] | {"diffusion", "models"},
-    TRAINING[1] | {"diffusers", "torchao", "yaml"},
+    TRAINING[1] | {"diffusers", "torchao"},
 )
+VISION = (TRAINING[0] | {"vision", "models"}, TRAINING[1] | {"sklearn", "skimage", "pydantic_core"})
 ARROWS = {
     "core": CORE,
     "errors": (set(), set()),
@@ -40,7 +41,15 @@ ARROWS = {
     "adapters": ADAPTERS,
     "training": TRAINING,
     "diffusion": DIFFUSION,
-    "evaluation": (DIFFUSION[0] | {"evaluation"}, DIFFUSION[1] | {"skimage"}),
+    "compress": (
+        {"compress", "errors", "models"},
+        {"torch", "peft", "transformers", "diffusers", "safetensors", "huggingface_hub", "PIL"},
+    ),
+    "vision": VISION,
+    "evaluation": (
+        DIFFUSION[0] | VISION[0] | {"evaluation"},
+        DIFFUSION[1] | VISION[1] | {"skimage"},
+    ),
     "app": (DIFFUSION[0] | {"app"}, DIFFUSION[1] | {"gradio", "pandas", "psutil", "starlette"}),
 }
 BANNED = ("torchvision", "timm", "lpips")  # installing them replaces a CPU torch by a CUDA one
