@@ -13,12 +13,16 @@ from typing import Any
 from torch import nn
 
 # Where the weights came from, in which precision they are, who wrote them: not what they are.
-# `sample_size` is the picture size a base was trained at; it changes no weight we adapt.
+# `sample_size` is the picture size a base was trained at; it changes no weight we adapt. Names of
+# classes belong to a head, which adapters leave alone.
 _VOLATILE = {
     "architectures",
     "dtype",
+    "id2label",
+    "label2id",
     "model_type",
     "name_or_path",
+    "num_labels",
     "quantization_config",
     "sample_size",
     "torch_dtype",

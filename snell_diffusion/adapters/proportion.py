@@ -107,16 +107,16 @@ def check_filled(layer: DeltaLayer, bound: float, place: str) -> None:
     rms = limits.MIN_BASE_RMS if known else limits.UNKNOWN_BASE_RMS
     floor = rms * math.prod(weight.shape) ** 0.5
     ratio = layer.update_size(adapter) / max(_norm(weight) if known else 0.0, floor)
+    _require_within(ratio, bound, place)
+
+
+def _require_within(ratio: float, bound: float, place: str) -> None:
     if not ratio <= bound:
-        raise _too_large(place, bound, ratio)
-
-
-def _too_large(place: str, bound: float, ratio: float) -> SnellaValueError:
-    return SnellaValueError(
-        f"{place}: expected an update at most {bound:g} times as large as the weight it is added "
-        f"to, got {ratio:.3g} times; the file is damaged: use another checkpoint, or raise "
-        "max_relative_update"
-    )
+        raise SnellaValueError(
+            f"{place}: expected an update at most {bound:g} times as large as the weight it is "
+            f"added to, got {ratio:.3g} times; the file is damaged: use another checkpoint, or "
+            "raise max_relative_update"
+        )
 
 
 @torch.no_grad()
@@ -135,6 +135,5 @@ def _relative_update(layer: Any, bound: float, place: str) -> float:
     floor = rms * delta.numel() ** 0.5
     norm = _norm(weight) if known else 0.0
     ratio = size / max(norm, floor)
-    if not ratio <= bound:
-        raise _too_large(place, bound, ratio)
+    _require_within(ratio, bound, place)
     return ratio if known else 0.0

@@ -1,7 +1,5 @@
 """The folder of one run: what it holds, when it may be written to, and what a resume must match."""
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +8,9 @@ from snell_diffusion.diffusion.concepts import ConceptConfig
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.config_files import config_values
 from snell_diffusion.diffusion.config_groups import Feedback
-from snell_diffusion.errors import SnellaConfigError
-from snell_diffusion.training.checkpoints import Checkpoint, CheckpointFolder
+from snell_diffusion.training import run_folder
+from snell_diffusion.training.checkpoints import Checkpoint
 from snell_diffusion.training.errors import CheckpointError
-from snell_diffusion.training.files import cannot_write, process_alive, remove, sweep
 from snell_diffusion.tuners.recipes import recipe
 
 CLASS_IMAGES = "class_images"
@@ -80,7 +77,7 @@ def kind_of(method: str) -> str:
     return "lora" if method in LORA_LIKE else "peft"
 
 
-class RunFolder:
+class RunFolder(run_folder.RunFolder):
     """Files of a run below `output_dir`.
 
     Args:
@@ -88,11 +85,15 @@ class RunFolder:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.path = Path(config.output_dir)
-        self.config = config
-        self.checkpoints = CheckpointFolder(
-            self.path / "checkpoints", config.checkpoints_total_limit
+        super().__init__(
+            Path(config.output_dir),
+            FILES,
+            FOLDERS,
+            overwrite=config.overwrite,
+            resume=config.resume_from_checkpoint,
+            limit=config.checkpoints_total_limit,
         )
+        self.config = config
 
     @property
     def adapter_file(self) -> str:
@@ -104,90 +105,10 @@ class RunFolder:
             return Path(concept.class_data_dir)
         return self.path / CLASS_IMAGES / (concept.name or "")
 
-    def check(self) -> None:
-        """Refuse a folder that another run is using, or whose results would be lost.
-
-        Raises:
-            SnellaConfigError: Says which, and what to do.
-        """
-        self._require_unused()
-        if self.config.resume_from_checkpoint or self.config.overwrite:
-            return
-        found = [name for name in (*FILES, "checkpoints") if (self.path / name).exists()]
-        if found:
-            raise SnellaConfigError(
-                f"run folder '{self.path}' holds an earlier run ({', '.join(found[:4])}); choose "
-                f"another output_dir, continue it with --resume_from_checkpoint latest, or replace "
-                f"it with --overwrite"
-            )
-
-    def _require_unused(self) -> None:
-        status = self._status()
-        pid = status.get("pid")
-        ended = status.get("state") in ("finished", "stopped", "failed")
-        if not ended and self._is_another(pid, status.get("created")):
-            raise SnellaConfigError(
-                f"run folder '{self.path}' is in use by process {pid}; wait, stop it, or choose "
-                f"another output_dir"
-            )
-
-    @staticmethod
-    def _is_another(pid: Any, created: Any) -> bool:
-        """Whether a status names a living process that is not this one."""
-        if not isinstance(pid, int) or pid < 1 or pid == os.getpid():
-            return False
-        return process_alive(pid, created if isinstance(created, float) else None)
-
-    def _status(self) -> dict[str, Any]:
-        try:
-            return dict(json.loads((self.path / "status.json").read_text("utf-8")))
-        except (FileNotFoundError, ValueError):
-            return {}
-
-    def take(self) -> None:
-        """Make the folder ready to be written to: the first change of a run on disk.
-
-        What killed processes left unfinished is removed. So is what an earlier run wrote (nothing
-        else), if `overwrite` asks for it; class images stay, for they cost time, and their note
-        says whether they still fit.
-
-        Raises:
-            SnellaConfigError: Another run took the folder while this one was loading.
-            OutputError: The disk does not let us.
-        """
-        self._require_unused()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
-        self.checkpoints.restore_replaced()
-        for folder in (self.path, *(self.path / name for name in FOLDERS)):
-            sweep(folder)
-        if self.config.overwrite and not self.config.resume_from_checkpoint:
-            words = [path.name for path in self.path.glob(EMBEDS_GLOB)]
-            for name in (*FILES, *words, *FOLDERS):
-                if name != CLASS_IMAGES:
-                    remove(self.path / name)
-
-    def find_checkpoint(self, warn: Any) -> Checkpoint | None:
-        """The checkpoint that `resume_from_checkpoint` asks for, verified.
-
-        Raises:
-            CheckpointError: There is none, or the one named is damaged.
-        """
-        wanted = self.config.resume_from_checkpoint
-        if wanted is None:
-            return None
-        self.checkpoints.restore_replaced()
-        if wanted not in ("latest", "auto"):
-            return self.checkpoints.load(Path(wanted))
-        checkpoint = self.checkpoints.latest(warn)
-        if checkpoint is None and wanted == "latest":
-            raise CheckpointError(
-                f"resume_from_checkpoint is 'latest', but '{self.checkpoints.root}' holds no valid "
-                f"checkpoint; use 'auto' to start anew in that case"
-            )
-        return checkpoint
+    def written(self) -> list[str]:
+        """Class images stay: they cost time, and their note says whether they still fit."""
+        words = [path.name for path in self.path.glob(EMBEDS_GLOB)]
+        return [*words, *(name for name in super().written() if name != CLASS_IMAGES)]
 
 
 def identity(config: TrainConfig, data: str, base: str, processes: int) -> dict[str, Any]:
@@ -218,27 +139,13 @@ def identity(config: TrainConfig, data: str, base: str, processes: int) -> dict[
 
 
 def require_same(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
-    """Refuse to continue a run with other settings.
+    """Refuse to continue a run with other settings, or from a state that lacks its class images.
 
     Raises:
         CheckpointError: Lists every difference, field by field.
     """
-    then = checkpoint.state.get("identity")
-    class_images = checkpoint.state.get("class_images", 0)
-    if not isinstance(then, dict) or not isinstance(class_images, (str, type(None))):
+    if not isinstance(checkpoint.state.get("class_images", 0), (str, type(None))):
         raise CheckpointError(
             f"checkpoint {checkpoint.path}: state.json does not say which run it belongs to"
         )
-    missing = "nothing"
-    differing = sorted(
-        k for k in then.keys() | now.keys() if then.get(k, missing) != now.get(k, missing)
-    )
-    if differing:
-        lines = "; ".join(
-            f"{k}: {then.get(k, missing)!r} then, {now.get(k, missing)!r} now" for k in differing
-        )
-        raise CheckpointError(
-            f"checkpoint {checkpoint.path} belongs to a run with other settings: {lines}. Continue "
-            f"with the settings in {checkpoint.path.parent.parent / 'config.yaml'}, or start anew "
-            f"in another output_dir"
-        )
+    run_folder.require_same(checkpoint, now)

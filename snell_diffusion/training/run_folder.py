@@ -96,8 +96,12 @@ class RunFolder:
         for folder in (self.path, *(self.path / name for name in self._folders)):
             sweep(folder)
         if self._overwrite and not self._resume:
-            for name in (*self._files, *self._folders):
+            for name in self.written():
                 remove(self.path / name)
+
+    def written(self) -> list[str]:
+        """Names of what a run that replaces another takes away."""
+        return [*self._files, *self._folders]
 
     def find_checkpoint(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """The checkpoint to continue from, verified.

@@ -88,7 +88,7 @@ class RankBudget:
                     self._patterns[name] = {k: [bool(x) for x in v] for k, v in pattern.items()}
                 if self._step == last:
                     allocator.reset_ipt()
-            else:
+            elif self._patterns[name]:
                 allocator.mask_using_rank_pattern(part, self._patterns[name])
 
     def state_dict(self) -> dict[str, Any]:
