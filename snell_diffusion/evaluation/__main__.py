@@ -20,6 +20,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     _personalization(commands)
     _classification(commands)
+    _bits(commands)
     _report(commands)
     return top
 
@@ -80,6 +81,25 @@ def run_classification(args: argparse.Namespace) -> None:
         about = {**stamp(program()), "plan": asdict(Plan.read(args.config))}
         write_json(args.output / ABOUT, about)
     run(args)
+
+
+def _bits(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser(
+        "bits", help="how many bits a number of SNELLA's factors needs, against LoRA's ranks"
+    )
+    command.add_argument("--config", type=Path, required=True, help="plan: YAML")
+    command.add_argument("--photos", type=Path, required=True, help="one folder per subject in it")
+    command.add_argument(
+        "--output", type=Path, required=True, help="folder for points and pictures"
+    )
+    command.set_defaults(main=run_bits)
+
+
+def run_bits(args: argparse.Namespace) -> None:
+    """Train, round and measure."""
+    from snell_diffusion.evaluation.bits import measure_all
+
+    measure_all(args.config, args.photos, args.output)
 
 
 def _report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
