@@ -23,7 +23,8 @@ def test_the_list_has_a_line_and_the_settings_of_every_method():
     lines = list_methods().splitlines()
     for name, found in RECIPES.items():
         (place,) = [i for i, line in enumerate(lines) if line.split("  ")[0].strip() == name]
-        assert found.summary and found.summary in lines[place]
+        assert found.summary
+        assert found.summary in lines[place]
         if found.settings:
             assert lines[place + 1].strip() == ", ".join(found.settings)
 
@@ -85,7 +86,7 @@ def test_settings_that_are_refused(name, settings, message):
 
 
 def test_an_unknown_method_lists_the_known():
-    with pytest.raises(SnellaConfigError, match="'lokr' is unknown; known: .*snella"):
+    with pytest.raises(SnellaConfigError, match=r"'lokr' is unknown; known: .*snella"):
         recipe("lokr")
 
 
