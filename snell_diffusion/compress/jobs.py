@@ -72,7 +72,9 @@ class ClassifierJob:
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         try:
-            self.teacher = AutoModelForImageClassification.from_pretrained(model).float()
+            self.teacher = AutoModelForImageClassification.from_pretrained(
+                model, use_safetensors=True
+            ).float()
             processor = AutoImageProcessor.from_pretrained(model)
         except (OSError, ValueError) as error:
             raise SnellaBaseError(f"no image classifier in {model}: {error}") from error
@@ -157,7 +159,8 @@ class PipelineJob:
                 f"batch is held out; it has {len(lines)}"
             )
         try:
-            pipe = DiffusionPipeline.from_pretrained(model).to(torch.float32)
+            pipe = DiffusionPipeline.from_pretrained(model, use_safetensors=True)
+            pipe = pipe.to(torch.float32)
         except (OSError, ValueError) as error:
             raise SnellaBaseError(f"no pipeline in {model}: {error}") from error
         pipe.set_progress_bar_config(disable=True)

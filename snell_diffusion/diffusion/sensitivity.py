@@ -23,6 +23,7 @@ from snell_diffusion.diffusion.setup import base_path, build_model, method_confi
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.parallel import Parallel
 from snell_diffusion.training.randomness import seed_torch
+from snell_diffusion.tuners.recipes import recipe
 
 __all__ = ["chosen"]
 
@@ -35,8 +36,10 @@ def chosen(config: TrainConfig, photos: Photos, parallel: Parallel) -> dict[str,
             needs gradients of the weights themselves, and chooses in the denoiser.
         SnellaValueError: The pass failed, or nothing comes close to the budget.
     """
+    if not hasattr(recipe(config.method).kind, "wants_selection"):
+        return None
     settings: Any = method_config(config, family_of(base_path(config), config.revision))
-    if not getattr(settings, "wants_selection", False):
+    if not settings.wants_selection:
         return None
     if config.train_text_encoder or config.base_quantization != "none":
         what = "train_text_encoder" if config.train_text_encoder else "base_quantization"

@@ -74,6 +74,7 @@ def load_base(
                 dtype=DTYPES[precision],
                 ignore_mismatched_sizes=True,  # the head that it came with
                 output_loading_info=True,
+                use_safetensors=True,  # never a pickle
                 **options,
             )
     except (OSError, ValueError, KeyError) as error:

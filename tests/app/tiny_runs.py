@@ -70,4 +70,4 @@ def without_launcher(script: Path, config: Path, resume: bool = False) -> list[s
 
 def adapter_digest(run: Path) -> str:
     """SHA-256 of the adapter file of a run folder: every bit of tensors and header."""
-    return hashlib.sha256((run / ADAPTER_FILES["snella"]).read_bytes()).hexdigest()
+    return hashlib.sha256((run / ADAPTER_FILES["ours"]).read_bytes()).hexdigest()

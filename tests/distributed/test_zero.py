@@ -19,7 +19,7 @@ from torch import Tensor
 
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.config_files import config_text
-from snell_diffusion.diffusion.run_folder import ADAPTER_FILES
+from snell_diffusion.diffusion.run_folder import ADAPTER_FILES, kind_of
 from tests.distributed.ranks import events, largest_difference, ten_steps
 from tests.reliability.harness import train_to_the_end
 
@@ -96,7 +96,7 @@ def launch(stage: int, settings: Runs, folder: Path, root: Path) -> list[list[di
 
 
 def adapter(settings: TrainConfig) -> dict[str, Tensor]:
-    return load_file(Path(settings.output_dir) / ADAPTER_FILES[settings.method])
+    return load_file(Path(settings.output_dir) / ADAPTER_FILES[kind_of(settings.method)])
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
