@@ -86,11 +86,6 @@ class EpochCompetition:
     def __init__(self, inner: Competition, per_epoch: int) -> None:
         self.inner, self.per_epoch = inner, per_epoch
 
-    @property
-    def allocator(self) -> Any:
-        """Where the budgets are."""
-        return self.inner.allocator
-
     def observe(self) -> None:
         """Take in parameters and gradients after an optimizer step."""
         self.inner.observe()
@@ -106,6 +101,10 @@ class EpochCompetition:
     def update(self, step: int) -> bool:
         """Set the levels before a step, from 0, if an epoch begins; whether they changed."""
         return step % self.per_epoch == 0 and self.inner.update(step // self.per_epoch)
+
+    def kept_share(self) -> float:
+        """Share of all entries of all layers that they may keep together now."""
+        return self.inner.kept_share()
 
     def report(self) -> list[dict[str, Any]]:
         """One row per layer, see `Competition.report`."""

@@ -238,15 +238,16 @@ class Trainer:
 
     def _kept_share(self) -> float | None:
         """Share of the update's entries that the layers' levels keep; None without levels."""
-        allocator = getattr(self._state.competition, "allocator", None)
-        if allocator is None:
-            return None
-        return sum(allocator.keep().values()) / sum(allocator.sizes.values())
+        competition = self._state.competition
+        return None if competition is None else competition.kept_share()
 
     def _record_allocation(self, step: int, last: bool) -> None:
-        report = getattr(self._state.competition, "report", None)
-        if report is not None and (last or not self._config.quiet):
-            self._tracker.event("allocation", step=step, layers=report())
+        competition = self._state.competition
+        if competition is None or (self._config.quiet and not last):
+            return
+        layers = competition.report()
+        if layers:
+            self._tracker.event("allocation", step=step, layers=layers)
 
     def _shown(self) -> AbstractContextManager[None]:
         """What is measured: the average where one is kept."""

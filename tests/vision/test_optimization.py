@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from snell_diffusion.core import Allocator
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.tuners.snella_config import VISION
 from snell_diffusion.vision.loading import Base, load_base
@@ -115,11 +114,46 @@ def test_units_of_the_competition(bases: dict[str, str]) -> None:
     base, _, by_epoch = adapted(bases["vit"], method="snella", rank=4, allocate="epoch")
     competition = build_competition(by_epoch, {COMPONENT: base.model}, 5, 50)
     assert [s for s in range(50) if competition.due(s)] == list(range(5, 50, 5))
-    assert isinstance(competition.allocator, Allocator)
-    assert competition.allocator.total == 10
     by_step = runs.config(bases["vit"], Path("x"), None, method="snella", allocate="step")
     competition = build_competition(by_step, {COMPONENT: base.model}, 5, 50)
     assert [s for s in range(50) if competition.due(s)] == list(range(1, 50))
+
+
+def test_the_schedule_of_epochs_ends_with_the_run(bases: dict[str, str]) -> None:
+    """50 steps are 10 epochs: of 0 to 9 only the last comes after epoch 10 - 2, at step 45."""
+    warmup = {"alloc_interval": 100, "alloc_final_warmup": 2}
+    base, _, config = adapted(
+        bases["vit"], method="snella", rank=4, allocate="epoch", method_args=warmup
+    )
+    competition = build_competition(config, {COMPONENT: base.model}, 5, 50)
+    assert [s for s in range(50) if competition.due(s)] == [45]
+
+
+@pytest.mark.parametrize("allocate", ["step", "epoch"])
+def test_what_a_competition_tells(allocate: str, bases: dict[str, str]) -> None:
+    """Before the first allocation every layer keeps the initial share, and all have a row."""
+    start = {"init_sparsity": 0.25, "target_sparsity": 0.5}
+    base, _, config = adapted(
+        bases["vit"], method="snella", rank=4, allocate=allocate, method_args=start
+    )
+    competition = build_competition(config, {COMPONENT: base.model}, 5, 50)
+    assert competition.kept_share() == 0.75
+    assert {row["budget"] / row["size"] for row in competition.report()} == {0.75}
+    assert len(competition.report()) == 12
+
+
+def test_ranks_that_compete_leave_no_events_of_levels(
+    bases: dict[str, str], pictures: Path, tmp_path: Path
+) -> None:
+    """AdaLoRA has no levels: no share is kept, no allocation is logged and none is drawn."""
+    changes = {"max_train_steps": 4, "warmup_epochs": 0.0, "quiet": False}
+    result = run(runs.config(bases["vit"], pictures, tmp_path, method="adalora", **changes))
+    assert {e["event"] for e in result.history} >= {"step", "finished"}
+    assert "allocation" not in {e["event"] for e in result.history}
+    assert {e["kept_share"] for e in result.history if e["event"] == "step"} == {None}
+    assert result.output_dir is not None
+    assert (result.output_dir / "curve.png").is_file()
+    assert not (result.output_dir / "allocation.png").exists()
 
 
 @pytest.mark.parametrize("method", ["snell", "mixk", "klora", "lora", "linear_probe", "full"])
