@@ -11,14 +11,8 @@ from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from snell_diffusion.diffusion.config_types import (
-    FROZEN,
-    Count,
-    Positive,
-    Prompt,
-    Whole,
-    described,
-)
+from snell_diffusion.diffusion.config_types import Prompt
+from snell_diffusion.training.config_types import FROZEN, Count, Positive, Whole, described
 
 
 @dataclass(**FROZEN)

@@ -23,8 +23,7 @@ from snell_diffusion.diffusion.config_groups import (
     Prior,
     Run,
 )
-from snell_diffusion.diffusion.config_types import FROZEN
-from snell_diffusion.training.config_types import named_pairs, pairs
+from snell_diffusion.training.config_types import FROZEN, named_pairs, pairs
 
 
 @dataclass(**FROZEN)

@@ -12,7 +12,10 @@ from pydantic.dataclasses import dataclass
 
 from snell_diffusion.adapters import limits
 from snell_diffusion.diffusion.concepts import ConceptConfig
-from snell_diffusion.diffusion.config_types import (
+from snell_diffusion.diffusion.config_types import Prompt
+from snell_diffusion.diffusion.timesteps import WeightingScheme
+from snell_diffusion.training.config_groups import RunSettings
+from snell_diffusion.training.config_types import (
     FROZEN,
     Count,
     Decay,
@@ -21,13 +24,13 @@ from snell_diffusion.diffusion.config_types import (
     MethodName,
     NotNegative,
     Positive,
-    Prompt,
+    Precision,
     Rank,
     Share,
+    TrackerName,
     Whole,
     described,
 )
-from snell_diffusion.diffusion.timesteps import WeightingScheme
 
 _FROZEN, _help = FROZEN, described
 SMALLEST_SIDE, LARGEST_SIDE = 8, 4096  # pixels
@@ -45,7 +48,7 @@ class BaseModel:
     )
     revision: str | None = _help(None, "Revision of a hub model: branch, tag or commit.")
     variant: str | None = _help(None, "Weight file variant of the base, for example fp16.")
-    mixed_precision: Literal["no", "bf16", "fp16"] = _help(
+    mixed_precision: Precision = _help(
         "no",
         "Precision of the frozen base and of its activations; trained tensors stay float32. "
         "fp16 needs a GPU; a step whose gradients overflow in it is skipped: it counts, but "
@@ -379,31 +382,19 @@ class Feedback:
     guidance_scale: NotNegative = _help(
         7.5, "Classifier-free guidance of sample pictures and class images; 1 = none."
     )
-    report_to: Literal["none", "tensorboard", "wandb"] = _help(
+    report_to: TrackerName = _help(
         "none", "Tracker beside the local log.jsonl, which is always written."
     )
 
 
 @dataclass(**_FROZEN)
-class Run:
+class Run(RunSettings):
     """Where results go, checkpoints, resuming, reproducibility."""
 
     output_dir: str = _help("runs/dreambooth", "Run folder: adapter, log, pictures, checkpoints.")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = _help(
-        0, "Seed of everything random, 0 to 2**63 - 1; the same seed gives the same adapter."
-    )
     checkpointing_steps: Count | None = _help(
         None, "Steps between checkpoints; at least 1. Default: at the end only."
     )
-    checkpoints_total_limit: Count | None = _help(
-        1, "Checkpoints to keep, at least 1; older ones are removed after a new one is written."
-    )
-    resume_from_checkpoint: str | None = _help(
-        None,
-        "latest: the newest valid checkpoint of output_dir, an error if there is none. auto: the "
-        "same, or a new run. Or a checkpoint folder.",
-    )
-    overwrite: bool = _help(False, "Replace the results of an earlier run in output_dir.")
     push_to_hub: bool = _help(
         False,
         "Upload adapter, model card, settings and pictures to the Hugging Face hub at the end. The "

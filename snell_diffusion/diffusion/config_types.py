@@ -1,40 +1,10 @@
-"""Value types and help texts of the diffusion trainer's records."""
+"""Value types that only the diffusion trainer's records have."""
 
 from typing import Annotated
 
 from pydantic import AfterValidator
 
 from snell_diffusion.adapters import limits
-from snell_diffusion.training.config_types import (
-    FROZEN,
-    Count,
-    Decay,
-    Finite,
-    Heads,
-    MethodName,
-    NotNegative,
-    Positive,
-    Rank,
-    Share,
-    Whole,
-    described,
-)
-
-__all__ = [
-    "FROZEN",
-    "Count",
-    "Decay",
-    "Finite",
-    "Heads",
-    "MethodName",
-    "NotNegative",
-    "Positive",
-    "Prompt",
-    "Rank",
-    "Share",
-    "Whole",
-    "described",
-]
 
 
 def _storable(value: str) -> str:

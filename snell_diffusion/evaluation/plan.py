@@ -14,8 +14,8 @@ import yaml
 from pydantic import AfterValidator, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from snell_diffusion.diffusion.config_types import FROZEN, Count, NotNegative, Positive, Whole
 from snell_diffusion.errors import SnellaConfigError
+from snell_diffusion.training.config_types import FROZEN, Count, NotNegative, Positive, Whole
 
 _NAME = re.compile(r"[^\W_][^/\\\x00-\x1f]{0,79}")
 _RESERVED = "--"  # separates method, subject and seed in the name of a run

@@ -19,6 +19,11 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Precision = Literal["no", "bf16", "fp16"]
+"""What a frozen base and its activations are computed in."""
+TrackerName = Literal["none", "tensorboard", "wandb"]
+"""Who is told the numbers of a run beside its log.jsonl."""
 
 MethodName: Any = Literal[tuple(RECIPES)]
 """A method by name, as `--list-methods` lists them."""

@@ -9,14 +9,17 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from snell_diffusion.training.config_groups import RunSettings
 from snell_diffusion.training.config_types import (
     FROZEN,
     Count,
     Decay,
     NotNegative,
     Positive,
+    Precision,
     Rank,
     Share,
+    TrackerName,
     described,
 )
 
@@ -33,7 +36,7 @@ class BaseModel:
         "transformers folder, or a hub id: ViT (also MAE), Swin or ConvNeXt.",
     )
     revision: str | None = _help(None, "Revision of a hub model: branch, tag or commit.")
-    mixed_precision: Literal["no", "bf16", "fp16"] = _help(
+    mixed_precision: Precision = _help(
         "no",
         "Precision of the frozen base and of its activations; trained tensors stay float32. fp16 "
         "needs a GPU; a step whose gradients overflow in it is skipped.",
@@ -174,28 +177,16 @@ class Optimization:
 
 
 @dataclass(**FROZEN)
-class Run:
+class Run(RunSettings):
     """Where results go, checkpoints, resuming, reproducibility."""
 
     output_dir: Annotated[str, Field(min_length=1)] | None = _help(
         "runs/vision", "Run folder: adapter, head, log, pictures, checkpoints. null writes nothing."
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = _help(
-        0, "Seed of everything random, 0 to 2**63 - 1; the same seed gives the same result."
-    )
     checkpointing_epochs: Count | None = _help(
         None, "Epochs between checkpoints; at least 1. Default: at the end only."
     )
-    checkpoints_total_limit: Count | None = _help(
-        1, "Checkpoints to keep, at least 1; older ones are removed after a new one is written."
-    )
-    resume_from_checkpoint: str | None = _help(
-        None,
-        "latest: the newest valid checkpoint of output_dir, an error if there is none. auto: the "
-        "same, or a new run. Or a checkpoint folder.",
-    )
-    overwrite: bool = _help(False, "Replace the results of an earlier run in output_dir.")
-    report_to: Literal["none", "tensorboard", "wandb"] = _help(
+    report_to: TrackerName = _help(
         "none", "Tracker beside the local log.jsonl, which is always written."
     )
     quiet: bool = _help(False, "No progress bar, no lines on the screen and no pictures.")

@@ -9,8 +9,8 @@ from pydantic import Field as Limits
 
 from snell_diffusion.app.fields import CAPS, EXCLUDED, FIELDS, check_overrides, describe, excluded
 from snell_diffusion.diffusion.config import TrainConfig
-from snell_diffusion.diffusion.config_types import Decay
 from snell_diffusion.errors import SnellaValueError
+from snell_diffusion.training.config_types import Decay
 
 
 @dataclasses.dataclass
