@@ -19,7 +19,7 @@ from snell_diffusion.tuners import DeltaLayer, delta_layers
 from snell_diffusion.tuners.base import Places
 from snell_diffusion.tuners.qkv_guard import release
 from snell_diffusion.tuners.spt_selection import is_norm
-from snell_diffusion.tuners.traverse import unwrapped
+from snell_diffusion.tuners.traverse import innermost, unwrapped
 from snell_diffusion.tuners.weights import device_of, is_linear_like
 
 
@@ -81,12 +81,11 @@ def inject(model: nn.Module, config: Any, paths: Iterable[str], adapter_name: st
 def adaptable(module: nn.Module | None) -> Any:
     """The Conv2d, Linear, Linear-like module or norm that can be adapted, inside of what tuners
     have put around it; None if there is none."""
-    while isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
-    fits = module is not None and (
-        isinstance(module, nn.Conv2d) or is_linear_like(module) or is_norm(module)
-    )
-    return module if fits else None
+    if module is None:
+        return None
+    layer = innermost(module)
+    fits = isinstance(layer, nn.Conv2d) or is_linear_like(layer) or is_norm(layer)
+    return layer if fits else None
 
 
 def form_of(layer: Any) -> dict[str, Any]:

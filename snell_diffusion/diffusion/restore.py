@@ -26,6 +26,7 @@ from snell_diffusion.diffusion.run_folder import ADAPTER_FILES
 from snell_diffusion.errors import SnellaFileError, SnellaKeyError, SnellaShapeError, shown
 from snell_diffusion.training.files import write_with
 from snell_diffusion.tuners.recipes import RECIPES, quiet_sparse
+from snell_diffusion.tuners.traverse import innermost
 
 __all__ = ["attach", "save_foreign"]
 
@@ -236,7 +237,7 @@ def _strip(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, BaseTunerLayer):
-                setattr(parent, name, child.get_base_layer())
+                setattr(parent, name, innermost(child))
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         if attribute in vars(model):
             delattr(model, attribute)

@@ -22,12 +22,10 @@ from itertools import chain
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from snell_diffusion.core.precision import full, no_autocast
 from snell_diffusion.core.recompose import recompose, recomposed_bias, recomposed_weight
-from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.tuners.base import DeltaConfig, check_choice, config_field
 from snell_diffusion.tuners.containers import PreciseParameterDict
 from snell_diffusion.tuners.layer import DeltaLayer
@@ -167,8 +165,9 @@ class ArcModel(PlacedModel):
     prefix = "arc_"
     tuner_layer_cls = ArcLayer
     conv_layer_cls = ArcLayer
+    no_convolutions = "ARC recomposes the features of tokens after a layer norm"
 
-    def _create_and_replace(
+    def _adapt(
         self,
         peft_config: Any,
         adapter_name: str,
@@ -176,21 +175,10 @@ class ArcModel(PlacedModel):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        parameter_name: str | None = None,
     ) -> None:
         if reads_the_context(parent, current_key):
             return
-        base = target
-        while isinstance(base, BaseTunerLayer):
-            base = base.get_base_layer()
-        if isinstance(base, nn.Conv2d):
-            raise SnellaConfigError(
-                f"ARC recomposes the features of tokens after a layer norm, and target module "
-                f"{current_key!r} is a convolution: leave it out of target_modules"
-            )
-        super()._create_and_replace(
-            *(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
-        )
+        super()._adapt(peft_config, adapter_name, target, target_name, parent, current_key)
         self._share(getattr(parent, target_name), adapter_name, current_key)
 
     def _share(self, layer: ArcLayer, adapter: str, path: str) -> None:

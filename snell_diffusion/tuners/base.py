@@ -16,7 +16,7 @@ from snell_diffusion.tuners.bypass import BYPASSED, is_bypassed
 from snell_diffusion.tuners.layer import DeltaLayer
 from snell_diffusion.tuners.qkv_guard import protect
 from snell_diffusion.tuners.registry import MethodName
-from snell_diffusion.tuners.traverse import delta_layers
+from snell_diffusion.tuners.traverse import delta_layers, innermost
 from snell_diffusion.tuners.weights import TOLERATED_LOSS, is_linear_like
 
 __all__ = ["DEFAULT_TARGETS", "DeltaConfig", "DeltaLayer", "DeltaModel", "Places"]
@@ -139,11 +139,14 @@ class DeltaModel(BaseTuner):
     """Puts a method's layers into a model; all of PEFT's verbs work on the result.
 
     A method sets `prefix`, `tuner_layer_cls` for Linear and `conv_layer_cls`, a subclass of it, for
-    Conv2d.
+    Conv2d, or says in `no_convolutions` why it has none.
     """
 
     tuner_layer_cls: type[DeltaLayer]
     conv_layer_cls: type[DeltaLayer]
+    no_convolutions: ClassVar[str | None] = None
+    """What the method adapts instead, the start of the message that refuses one; `{method}` is the
+    config's name of it. None: it takes convolutions."""
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
@@ -197,6 +200,25 @@ class DeltaModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        """PEFT's entry for each target; what a method does otherwise is in its `_adapt`."""
+        if self.no_convolutions is not None and isinstance(innermost(target), nn.Conv2d):
+            reason = self.no_convolutions.format(method=peft_config.method)
+            raise SnellaConfigError(
+                f"{reason}, and target module {current_key!r} is a convolution: leave it out of "
+                "target_modules"
+            )
+        self._adapt(peft_config, adapter_name, target, target_name, parent, current_key)
+
+    def _adapt(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        """Wrap a module that the method takes, or add the adapter to the layer around it."""
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, peft_config, current_key)
             return
@@ -218,9 +240,8 @@ class DeltaModel(BaseTuner):
 
     def _layer_class(self, target: nn.Module) -> type[DeltaLayer]:
         """The method's layer for a module, which another tuner may have wrapped."""
-        while isinstance(target, BaseTunerLayer):
-            target = target.get_base_layer()
-        return self.conv_layer_cls if isinstance(target, nn.Conv2d) else self.tuner_layer_cls
+        convolution = isinstance(innermost(target), nn.Conv2d)
+        return self.conv_layer_cls if convolution else self.tuner_layer_cls
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         protect(model)

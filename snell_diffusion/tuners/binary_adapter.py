@@ -177,6 +177,7 @@ class BinaryAdapterModel(PlacedModel):
     prefix = "binary_adapter_"
     tuner_layer_cls = BinaryAdapterLayer
     conv_layer_cls = BinaryAdapterLayer
+    no_convolutions = "Bi-AdaptFormer adds to the output of an MLP's Linear"
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
@@ -185,7 +186,7 @@ class BinaryAdapterModel(PlacedModel):
         if lost:
             raise SnellaConfigError(no_norm(shown(lost)))
 
-    def _create_and_replace(
+    def _adapt(
         self,
         peft_config: Any,
         adapter_name: str,
@@ -193,16 +194,8 @@ class BinaryAdapterModel(PlacedModel):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, nn.Conv2d):
-            raise SnellaConfigError(
-                f"Bi-AdaptFormer adds to the output of an MLP's Linear, and target module "
-                f"{current_key!r} is a convolution: leave it out of target_modules"
-            )
-        super()._create_and_replace(
-            *(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
-        )
+        super()._adapt(peft_config, adapter_name, target, target_name, parent, current_key)
         layer, norm = getattr(parent, target_name), norm_before(self.model, current_key)
         # Where an adapter's file is tried out there is nothing but the layers.
         if norm is not None and layer.seen is None:

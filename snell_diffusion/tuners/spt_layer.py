@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -29,6 +28,7 @@ from snell_diffusion.tuners.roles import role_of
 from snell_diffusion.tuners.spt_config import KINDS, TUNED, SptConfig
 from snell_diffusion.tuners.spt_selection import is_norm
 from snell_diffusion.tuners.transform import TransformLayer
+from snell_diffusion.tuners.traverse import innermost
 
 __all__ = ["SptLayer", "SptModel", "SptNorm", "names_of"]
 
@@ -224,6 +224,7 @@ class SptModel(PlacedModel):
     """PEFT's model class for both; `norm_layer_cls` is the method's layer for norms."""
 
     norm_layer_cls: type[SptNorm]
+    no_convolutions = "{method} tunes Linear layers and norms"
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if peft_config.wants_selection:
@@ -242,7 +243,7 @@ class SptModel(PlacedModel):
                 )
         super()._prepare_model(peft_config, model)
 
-    def _create_and_replace(
+    def _adapt(
         self,
         peft_config: Any,
         adapter_name: str,
@@ -250,22 +251,14 @@ class SptModel(PlacedModel):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        parameter_name: str | None = None,
     ) -> None:
-        if isinstance(_base(target), nn.Conv2d):
-            raise SnellaConfigError(
-                f"{peft_config.method} tunes Linear layers and norms, and target module "
-                f"{current_key!r} is a convolution: leave it out of target_modules"
-            )
         chosen = peft_config.chosen
         if chosen is not None and current_key not in chosen.modules():
             return  # PEFT matches endings: another module's path may end in a chosen one
-        super()._create_and_replace(
-            *(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
-        )
+        super()._adapt(peft_config, adapter_name, target, target_name, parent, current_key)
 
     def _layer_class(self, target: nn.Module) -> type[DeltaLayer]:
-        return self.norm_layer_cls if is_norm(_base(target)) else self.tuner_layer_cls
+        return self.norm_layer_cls if is_norm(innermost(target)) else self.tuner_layer_cls
 
 
 class _Entries(WholeUpdate):
@@ -273,12 +266,6 @@ class _Entries(WholeUpdate):
 
     def __init__(self, positions: Tensor, shape: torch.Size) -> None:
         super().__init__(lambda values: scatter(values, positions, shape))
-
-
-def _base(module: nn.Module) -> nn.Module:
-    while isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
-    return module
 
 
 def names_of(prefix: str, parts: Sequence[str]) -> tuple[str, ...]:

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from snell_diffusion.tuners.layer import DeltaLayer
 
-__all__ = ["delta_buffers", "delta_layers", "delta_parameters", "every_module"]
+__all__ = [
+    *("delta_buffers", "delta_layers", "delta_parameters", "every_module"),
+    *("innermost", "unwrapped"),
+]
 
 
 def delta_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, DeltaLayer]]:
@@ -66,6 +69,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     if isinstance(model, PeftModel):
         return model.get_base_model()
     return model.model if isinstance(model, BaseTuner) else model
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The module inside of all tuner layers around it, ours or others; itself if there is none."""
+    while isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    return module
 
 
 def _delta_tensors(model: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:

@@ -8,10 +8,11 @@ from copy import deepcopy
 
 import pytest
 import torch
-from peft import inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.tuners import METHODS, DeltaLayer, delta_layers, delta_parameters
 from snell_diffusion.tuners.base import default_targets
 from snell_diffusion.tuners.recipes import RECIPES, recipe
@@ -20,7 +21,12 @@ from tests.tuners.conftest import Family, family_named, randn
 OURS = sorted(name.lower() for name in METHODS)
 PEFTS = sorted(name for name, found in RECIPES.items() if not found.ours and not found.trains_base)
 UNMERGEABLE = ("binary_adapter", "spt_adapter")
-LINEAR_ONLY = (*UNMERGEABLE, "arc", "spt_lora")
+LINEAR_ONLY = {  # how the message begins that refuses a convolution
+    "arc": "ARC recomposes the features of tokens after a layer norm",
+    "binary_adapter": "Bi-AdaptFormer adds to the output of an MLP's Linear",
+    "spt_adapter": "SPT_ADAPTER tunes Linear layers and norms",
+    "spt_lora": "SPT_LORA tunes Linear layers and norms",
+}
 STARTS = {  # largest change of the model's output by a fresh adapter, of the output's size
     **dict.fromkeys(("hta", "spt_lora", "spt_adapter"), 0.0),
     **dict.fromkeys(("snell", "snella"), 0.1),
@@ -283,6 +289,22 @@ def test_convolutions_work_or_are_refused(name):
         assert apart(unmerged, base(x)) > 1e-5
         model[0].merge()
         torch.testing.assert_close(model(x), unmerged, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "inside a LoRA layer"])
+@pytest.mark.parametrize("name", LINEAR_ONLY)
+def test_a_refused_convolution_is_named_with_the_reason(name, wrapped):
+    block = nn.ModuleDict({"norm2": nn.LayerNorm(4), "fc2": nn.Conv2d(4, 4, 1)})
+    model = nn.ModuleDict({"blocks": nn.ModuleList([block])})
+    if wrapped:
+        inject_adapter_in_model(LoraConfig(target_modules=["fc2"]), model, "lora")
+        del model.peft_config
+    with pytest.raises(SnellaConfigError) as error:
+        inject_adapter_in_model(recipe(name).config({}, ["fc2"], 0, chosen=True), model)
+    assert str(error.value) == (
+        f"{LINEAR_ONLY[name]}, and target module 'blocks.0.fc2' is a convolution: leave it out of "
+        "target_modules"
+    )
 
 
 # PEFT's
