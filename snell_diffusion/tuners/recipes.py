@@ -123,14 +123,29 @@ def _ours(method: Any) -> Recipe:
     return Recipe(method.name.lower(), method.summary, True, kind, shared, own, make)
 
 
+_Adjust = Callable[[dict[str, Any], int | None], dict[str, Any]]
+"""Field values and the number of optimizer steps, if known, to the field values of a config."""
+
+
+def _as_given(values: dict[str, Any], steps: int | None) -> dict[str, Any]:
+    return values
+
+
 def _peft(
     name: str,
     summary: str,
     kind: type[PeftConfig],
     shared: Mapping[str, str],
     *own: str,
+    adjust: _Adjust = _as_given,
     **fixed: Any,
 ) -> Recipe:
+    """One of PEFT's methods.
+
+    Args:
+        adjust: What its config needs beyond the settings and `fixed`, from both of them.
+        fixed: Field values other than PEFT's defaults; settings win over them.
+    """
     known = {item.name for item in dataclasses.fields(kind)}
 
     def make(
@@ -139,14 +154,7 @@ def _peft(
         values = {**fixed, **values}
         if "random_seed" in known:
             values["random_seed"] = seed
-        if "lora_alpha" in known and kind is LoraConfig:
-            rank = values.setdefault("r", _LORA_RANK)
-            values["lora_alpha"] = rank * values.pop("scale", 1.0)
-        if kind is ShiraConfig:
-            quiet_sparse()
-        if kind is AdaLoraConfig:
-            values = {**_adalora(values, steps), **values}
-        return kind(target_modules=targets, **values)
+        return kind(target_modules=targets, **adjust(values, steps))
 
     return Recipe(name, summary, False, kind, shared, own, make)
 
@@ -156,7 +164,19 @@ def quiet_sparse() -> None:
     torch.sparse.check_sparse_tensor_invariants.disable()
 
 
-def _adalora(values: Mapping[str, Any], steps: int | None) -> dict[str, Any]:
+def _unchecked(values: dict[str, Any], steps: int | None) -> dict[str, Any]:
+    quiet_sparse()
+    return values
+
+
+def _with_alpha(values: dict[str, Any], steps: int | None) -> dict[str, Any]:
+    """LoRA's alpha, by which PEFT scales an update together with the rank."""
+    rank = values.get("r", _LORA_RANK)
+    rest = {name: value for name, value in values.items() if name != "scale"}
+    return {**rest, "r": rank, "lora_alpha": rank * values.get("scale", 1.0)}
+
+
+def _scheduled(values: dict[str, Any], steps: int | None) -> dict[str, Any]:
     """The budget's schedule, in the proportions of the paper's experiments (arXiv:2303.10512)."""
     if not steps:
         raise ValueError("the number of optimizer steps must be known, for its budget's schedule")
@@ -169,6 +189,7 @@ def _adalora(values: Mapping[str, Any], steps: int | None) -> dict[str, Any]:
         "tfinal": steps // 3,
         "deltaT": max(1, steps // 100),
         "total_step": steps,
+        **values,
     }
 
 
@@ -178,11 +199,13 @@ _FOREIGN = (
     _peft(
         *("lora", "PEFT's LoRA: a product of two low-rank factors", LoraConfig, _LORA_SHARED),
         *_LORA_OWN,
+        adjust=_with_alpha,
         init_lora_weights="gaussian",
     ),
     _peft(
         *("dora", "PEFT's DoRA: LoRA of directions, and magnitudes", LoraConfig, _LORA_SHARED),
         *_LORA_OWN,
+        adjust=_with_alpha,
         init_lora_weights="gaussian",
         use_dora=True,
     ),
@@ -190,6 +213,7 @@ _FOREIGN = (
         *("adalora", "PEFT's AdaLoRA: ranks compete for a budget", AdaLoraConfig),
         {"rank": "target_r", "dropout": "lora_dropout"},
         *("init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"),
+        adjust=_scheduled,
     ),
     _peft(
         *("oft", "PEFT's OFT: block-diagonal rotations of the inputs", OFTConfig),
@@ -202,7 +226,10 @@ _FOREIGN = (
         *("hra", "PEFT's HRA: a chain of Householder reflections", HRAConfig, {"rank": "r"}),
         "apply_GS",
     ),
-    _peft("shira", "PEFT's SHiRA: random single entries", ShiraConfig, {"rank": "r"}),
+    _peft(
+        *("shira", "PEFT's SHiRA: random single entries", ShiraConfig, {"rank": "r"}),
+        adjust=_unchecked,
+    ),
 )
 _FULL = Recipe(
     name="full",
