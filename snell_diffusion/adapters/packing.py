@@ -10,6 +10,7 @@ of the package sees one layout. The levels are those of `snell_diffusion.core.qu
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +22,23 @@ from snell_diffusion.core.quantize import decode, encode, packed_bytes
 from snell_diffusion.errors import SnellaShapeError, SnellaValueError
 from snell_diffusion.tuners import METHODS
 
-__all__ = ["pack", "packed_names", "packed_shapes", "unpack"]
+__all__ = ["blob_names", "pack", "packed_names", "packed_shapes", "unpack"]
 
 Shapes = dict[str, tuple[int, ...]]
 _STATS = 2
+
+
+class BlobNames(NamedTuple):
+    """Full names of the two tensors that hold a packed component."""
+
+    codes: str
+    numbers: str
+
+
+def blob_names(component: str, part: Component) -> BlobNames:
+    """The tensors that a packed component has in place of its layers' own."""
+    stem = f"{component}.{part.method}"
+    return BlobNames(f"{stem}_codes", f"{stem}_numbers")
 
 
 def pack(component: str, part: Component, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -49,10 +63,8 @@ def pack(component: str, part: Component, tensors: Mapping[str, Tensor]) -> dict
             else:
                 others.append(tensor.float().reshape(-1))
         numbers += [*stats, *others]
-    return {
-        f"{component}.{part.method}_codes": torch.cat(codes),
-        f"{component}.{part.method}_numbers": torch.cat(numbers),
-    }
+    names = blob_names(component, part)
+    return {names.codes: torch.cat(codes), names.numbers: torch.cat(numbers)}
 
 
 def packed_shapes(component: str, part: Component, place: str) -> Shapes:
@@ -82,10 +94,8 @@ def packed_shapes(component: str, part: Component, place: str) -> Shapes:
             f"{place}': expected at most {limits.MAX_UNPACKED:,} numbers in the factors, got "
             f"{total:,}"
         )
-    return {
-        f"{component}.{part.method}_codes": (code_bytes,),
-        f"{component}.{part.method}_numbers": (numbers,),
-    }
+    names = blob_names(component, part)
+    return {names.codes: (code_bytes,), names.numbers: (numbers,)}
 
 
 def unpack(
@@ -100,8 +110,8 @@ def unpack(
         SnellaValueError: Numbers that describe no factors.
     """
     assert part.bits is not None
-    codes = tensors[f"{component}.{part.method}_codes"]
-    numbers = tensors[f"{component}.{part.method}_numbers"]
+    names = blob_names(component, part)
+    codes, numbers = tensors[names.codes], tensors[names.numbers]
     found: dict[str, Tensor] = {}
     byte = place = 0
     for path, shapes in _layers(part):

@@ -203,6 +203,11 @@ DAMAGE = {
         lambda d, t: t[codes_name(t).replace("codes", "numbers")].__setitem__(0, torch.nan),
         "expected finite numbers",
     ),
+    "spread beyond float32": (
+        {"bits": 2},
+        lambda d, t: t[codes_name(t).replace("codes", "numbers")].__setitem__(1, 3.4e38),
+        "snella_A': expected finite numbers",
+    ),
     "other bits": (
         {"bits": 2},
         lambda d, t: d["components"]["unet"].update(bits=4),
