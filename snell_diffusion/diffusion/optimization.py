@@ -1,26 +1,19 @@
 """Optimizer, schedule, competition and devices of a run, from its config."""
 
-from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from peft import AdaLoraConfig
 
 from snell_diffusion.diffusion.config import TrainConfig
 from snell_diffusion.diffusion.setup import ADAPTER
-from snell_diffusion.errors import SnellaConfigError
+from snell_diffusion.training import competition, start
 from snell_diffusion.training.adapter_tensors import Components
 from snell_diffusion.training.early_stop import BestAdapter
 from snell_diffusion.training.ema import AdapterEma
-from snell_diffusion.training.loop import LoopSettings, TrainState
+from snell_diffusion.training.loop import Competes, LoopSettings, TrainState
 from snell_diffusion.training.optimizers import make_optimizer
-from snell_diffusion.training.parallel import Parallel, start
-from snell_diffusion.tuners import Competition, SnellaConfig, param_groups
-from snell_diffusion.tuners.rank_budget import RankBudget
-
-_LONGEST_WAIT = timedelta(hours=6)
+from snell_diffusion.training.parallel import Parallel
+from snell_diffusion.tuners import param_groups
 
 
 def parameter_groups(config: TrainConfig, components: Components) -> list[dict[str, Any]]:
@@ -70,25 +63,19 @@ def build_scheduler(
     )
 
 
-def build_competition(config: TrainConfig, components: Components) -> Any:
-    """The competition of the layers for kept entries; None for methods without sparsity levels."""
-    model = next(iter(components.values()))
-    settings = getattr(model, "peft_config", {}).get(ADAPTER)
-    if isinstance(settings, AdaLoraConfig):
-        if config.mixed_precision == "fp16":
-            raise SnellaConfigError(
-                "method adalora adds its own gradients, which mixed_precision fp16 would not "
-                "scale: use bf16 or no"
-            )
-        return RankBudget(components, ADAPTER)
-    if not isinstance(settings, SnellaConfig) or settings.sparsify == "none":
-        return None
-    if not settings.competes:
-        return None
-    try:
-        return Competition(components, ADAPTER, settings, config.max_train_steps)
-    except ValueError as error:
-        raise SnellaConfigError(f"the layers' competition cannot be scheduled: {error}") from error
+def build_competition(config: TrainConfig, components: Components) -> Competes | None:
+    """The competition of layers or ranks; None for methods without one.
+
+    Raises:
+        SnellaConfigError: Its schedule does not fit into the run.
+    """
+    return competition.build_competition(
+        components,
+        ADAPTER,
+        config.max_train_steps,
+        config.mixed_precision,
+        "the layers' competition cannot be scheduled",
+    )
 
 
 def build_best(config: TrainConfig, components: Components) -> BestAdapter | None:
@@ -132,17 +119,4 @@ def start_processes(config: TrainConfig) -> Parallel:
         SnellaConfigError: A precision that this device does not run, or another number of processes
             or another strategy than the launcher was asked for.
     """
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise SnellaConfigError("mixed_precision fp16 needs a GPU; use bf16 or no on the CPU")
-
-    def make_accelerator(cpu: bool) -> Accelerator:
-        return Accelerator(
-            cpu=cpu,
-            mixed_precision=config.mixed_precision,
-            log_with=None if config.report_to == "none" else config.report_to,
-            project_config=ProjectConfiguration(config.output_dir, f"{config.output_dir}/logs"),
-            # The first process draws class images and writes files while the others wait for it.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],
-        )
-
-    return start(make_accelerator)
+    return start.start_processes(config.mixed_precision, config.report_to, config.output_dir)

@@ -5,19 +5,16 @@ adapters are built before anything on disk is replaced; only then the run begins
 """
 
 import gc
-import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-
-from accelerate.state import AcceleratorState
 
 from snell_diffusion.adapters.export_tokens import EMBEDS_GLOB
 from snell_diffusion.diffusion.cache import Cache
 from snell_diffusion.diffusion.card import Facts, write_card
 from snell_diffusion.diffusion.config import TrainConfig
-from snell_diffusion.diffusion.config_files import config_text, config_values
+from snell_diffusion.diffusion.config_files import config_values
 from snell_diffusion.diffusion.config_idle import idle_settings
 from snell_diffusion.diffusion.data import Photo, data_digest
 from snell_diffusion.diffusion.drawing import LedSampler
@@ -41,13 +38,11 @@ from snell_diffusion.diffusion.run_folder import RunFolder, identity, require_sa
 from snell_diffusion.diffusion.sampling import Sampler
 from snell_diffusion.diffusion.sensitivity import chosen
 from snell_diffusion.diffusion.setup import absent_parts, base_path, build_model, size_notes
-from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.adapter_tensors import (
     adapters_off,
     evaluating,
     trainable_parameters,
 )
-from snell_diffusion.training.checkpoints import Checkpoint
 from snell_diffusion.training.errors import (
     CheckpointError,
     Interrupted,
@@ -55,19 +50,22 @@ from snell_diffusion.training.errors import (
     OutputError,
     UploadError,
 )
-from snell_diffusion.training.files import write_text
 from snell_diffusion.training.finite import require_finite_weights
 from snell_diffusion.training.loop import train
 from snell_diffusion.training.parallel import Parallel, digest_of
 from snell_diffusion.training.parallel.launcher import launcher_pid
 from snell_diffusion.training.signals import StopRequest
-from snell_diffusion.training.tracking import Event, Tracker, cut_log, peak_memory
+from snell_diffusion.training.start import (
+    end_processes,
+    find_checkpoint,
+    open_run,
+    require_tracker,
+)
+from snell_diffusion.training.tracking import OnEvent, Tracker, peak_memory
 
 __all__ = ["RunResult", "run"]
 
 _DRIFT_IMAGES = 4
-
-OnEvent = Callable[[Event], None]
 
 
 def run(config: TrainConfig, on_event: OnEvent | None = None) -> RunResult:
@@ -90,7 +88,7 @@ def run(config: TrainConfig, on_event: OnEvent | None = None) -> RunResult:
     require_words_used(config, photos.instance)
     if not config.dry_run:
         folder.check()
-    _require_tracker(config)
+    require_tracker(config.report_to)
     _cache_of(config).check()
     repository = require_hub(config)
     parallel = start_processes(config)
@@ -103,22 +101,12 @@ def run(config: TrainConfig, on_event: OnEvent | None = None) -> RunResult:
             trainer = Trainer(config, folder, photos, parallel, stop, on_event, repository)
             return trainer.run()
     finally:
-        parallel.accelerator.end_training()
-        # Another run in this process may use another precision.
-        AcceleratorState._reset_state()
+        end_processes(parallel)
         gc.collect()
 
 
 def _cache_of(config: TrainConfig) -> Cache:
     return Cache(None if config.cache_dir is None else Path(config.cache_dir))
-
-
-def _require_tracker(config: TrainConfig) -> None:
-    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
-        raise SnellaConfigError(
-            f"report_to {config.report_to} needs a package that is not installed: "
-            f"pip install {config.report_to}"
-        )
 
 
 def _ending(error: BaseException) -> str:
@@ -147,7 +135,7 @@ class Trainer:
         self._parallel, self._stop, self._on_event = parallel, stop, on_event
         self._closing = ExitStack()
         self._notes = idle_settings(config)
-        checkpoint = self._find_checkpoint()
+        checkpoint = find_checkpoint(folder, parallel, self._notes.append)
         if checkpoint is None:  # a resumed run compares the images themselves
             require_recipes(config, folder)
         selection = chosen(config, photos, parallel)
@@ -204,18 +192,6 @@ class Trainer:
             self._tracker.note(str(error))
             raise
 
-    def _find_checkpoint(self) -> Checkpoint | None:
-        """The main process first: it may have to put back what a killed run left half renamed."""
-        main = self._parallel.main
-        if not main:
-            self._parallel.wait()
-        try:
-            return self._folder.find_checkpoint(self._notes.append)
-        finally:
-            # Also after an error: the others then find its reason, and not a lost connection.
-            if main:
-                self._parallel.wait()
-
     def run(self) -> RunResult:
         """Write the run folder, train, leave the adapter."""
         self._tracker = self._open()
@@ -234,26 +210,16 @@ class Trainer:
 
     def _open(self) -> Tracker:
         """Take the run folder: the first writes of the run."""
-        main, path = self._parallel.main, self._folder.path
-        if main:
-            self._folder.take()
-            cut_log(path / "log.jsonl", self._state.step if self._resumed else -1)
-            write_text(path / "config.yaml", config_text(self._config))
-        self._parallel.wait()
-        remote = self._remote() if self._config.report_to != "none" else None
-        tracker = Tracker(path, self._config.max_train_steps, self._on_event, remote, main)
-        tracker.status("preparing", step=self._state.step)
-        for note in self._notes:
-            tracker.note(note)
-        return tracker
-
-    def _remote(self) -> Callable[[dict[str, float], int], None]:
-        """Start TensorBoard or W&B through accelerate."""
-        values = config_values(self._config).items()
-        plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in values}
-        accelerator = self._parallel.accelerator
-        accelerator.init_trackers("dreambooth", config=plain)
-        return lambda numbers, step: accelerator.log(numbers, step=step)
+        return open_run(
+            "dreambooth",
+            config_values(self._config),
+            self._folder,
+            self._parallel,
+            steps=self._config.max_train_steps,
+            resumed=self._state.step if self._resumed else None,
+            notes=self._notes,
+            on_event=self._on_event,
+        )
 
     def _prepare(self) -> None:
         """Class images, caches, and what the user sees before the first step."""

@@ -17,6 +17,7 @@ from snell_diffusion.training.errors import OutputError
 from snell_diffusion.training.files import cannot_write, write_json, write_text
 
 Event = dict[str, Any]
+OnEvent = Callable[[Event], None]
 _STATUS_SECONDS = 0.5
 
 
@@ -65,7 +66,7 @@ class Tracker:
         self,
         folder: Path | None,
         total: int,
-        on_event: Callable[[Event], None] | None = None,
+        on_event: OnEvent | None = None,
         remote: Callable[[dict[str, float], int], None] | None = None,
         main: bool = True,
         quiet: bool = False,

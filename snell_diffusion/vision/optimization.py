@@ -1,31 +1,26 @@
 """Optimizer, schedule, competition and devices of a run, from its config."""
 
 import dataclasses
-from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from peft import AdaLoraConfig
 from torch import nn
 
 from snell_diffusion.errors import SnellaConfigError
+from snell_diffusion.training import competition, start
 from snell_diffusion.training.adapter_tensors import Components, trainable_parameters
 from snell_diffusion.training.early_stop import BestAdapter
 from snell_diffusion.training.ema import AdapterEma
 from snell_diffusion.training.loop import Competes, LoopSettings, TrainState
 from snell_diffusion.training.optimizers import make_optimizer
-from snell_diffusion.training.parallel import Parallel, start
-from snell_diffusion.tuners import Competition, SnellaConfig
-from snell_diffusion.tuners.rank_budget import RankBudget
+from snell_diffusion.training.parallel import Parallel
+from snell_diffusion.tuners import Competition
 from snell_diffusion.vision.batches import Order
 from snell_diffusion.vision.config import VisionConfig
 from snell_diffusion.vision.method import ADAPTER
 from snell_diffusion.vision.models import HEAD
 from snell_diffusion.vision.schedule import build_scheduler
 
-_LONGEST_WAIT = timedelta(hours=6)
 _NEVER = 2**31  # measurements without a better one after which a run without patience ends
 
 
@@ -127,30 +122,19 @@ def build_competition(
     Raises:
         SnellaConfigError: Its schedule does not fit into the run.
     """
-    model = next(iter(components.values()))
-    settings = getattr(model, "peft_config", {}).get(ADAPTER)
-    if isinstance(settings, AdaLoraConfig):
-        if config.mixed_precision == "fp16":
-            raise SnellaConfigError(
-                "method adalora adds its own gradients, which mixed_precision fp16 would not "
-                "scale: use bf16 or no"
-            )
-        return RankBudget(components, ADAPTER)
-    if not isinstance(settings, SnellaConfig) or settings.sparsify == "none":
-        return None
-    if not settings.competes:
-        return None
     epochs = -(-steps // per_epoch)
-    try:
-        if config.allocate == "epoch":
-            inner = Competition(components, ADAPTER, settings, epochs)
-            return EpochCompetition(inner, per_epoch)
-        return Competition(components, ADAPTER, settings, steps)
-    except ValueError as error:
-        raise SnellaConfigError(
-            f"the layers' competition does not fit into {epochs} epochs of {per_epoch} steps "
-            f"(allocate {config.allocate}): {error}"
-        ) from error
+    by_epoch = config.allocate == "epoch"
+    found = competition.build_competition(
+        components,
+        ADAPTER,
+        epochs if by_epoch else steps,
+        config.mixed_precision,
+        f"the layers' competition does not fit into {epochs} epochs of {per_epoch} steps "
+        f"(allocate {config.allocate})",
+    )
+    if by_epoch and isinstance(found, Competition):  # AdaLoRA's ranks compete by steps anyway
+        return EpochCompetition(found, per_epoch)
+    return found
 
 
 def build_state(
@@ -193,22 +177,7 @@ def start_processes(config: VisionConfig) -> Parallel:
         SnellaConfigError: A precision that this device does not run, a strategy that shards the
             model, or another number of processes than the launcher was asked for.
     """
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise SnellaConfigError("mixed_precision fp16 needs a GPU; use bf16 or no on the CPU")
-
-    def make_accelerator(cpu: bool) -> Accelerator:
-        folder = config.output_dir
-        return Accelerator(
-            cpu=cpu,
-            mixed_precision=config.mixed_precision,
-            log_with=None if config.report_to == "none" else config.report_to,
-            project_config=None
-            if folder is None
-            else ProjectConfiguration(folder, f"{folder}/logs"),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],
-        )
-
-    parallel = start(make_accelerator)
+    parallel = start.start_processes(config.mixed_precision, config.report_to, config.output_dir)
     if parallel.shares_forward:
         raise SnellaConfigError(
             f"classification runs whole models on every process, asked for {parallel.name}: use "

@@ -6,15 +6,11 @@ are chosen on validation images; test images are looked at once, with what was c
 """
 
 import gc
-import importlib.util
-from collections.abc import Callable
 
-from accelerate.state import AcceleratorState
-
-from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.training.parallel.launcher import launcher_pid
 from snell_diffusion.training.signals import StopRequest
-from snell_diffusion.training.tracking import Event
+from snell_diffusion.training.start import end_processes, require_tracker
+from snell_diffusion.training.tracking import OnEvent
 from snell_diffusion.vision.config import VisionConfig
 from snell_diffusion.vision.data import Task, load_task
 from snell_diffusion.vision.levels import search
@@ -25,8 +21,6 @@ from snell_diffusion.vision.run_folder import run_folder
 from snell_diffusion.vision.trainer import Trainer
 
 __all__ = ["RunResult", "run"]
-
-OnEvent = Callable[[Event], None]
 
 
 def run(
@@ -46,7 +40,7 @@ def run(
         Interrupted: SIGINT or SIGTERM; the state is saved.
     """
     find_recipe(config.method)
-    _require_tracker(config)
+    require_tracker(config.report_to)
     if config.levels:
         level_setting(config.method)
     folder = run_folder(config)
@@ -66,16 +60,6 @@ def run(
                 return search(config, task, train, parallel, on_event)
             return Trainer(config, task, parallel, stop, on_event).run()
     finally:
-        parallel.accelerator.end_training()
-        # Another run in this process may use another precision.
-        AcceleratorState._reset_state()
+        end_processes(parallel)
         if on_gpu:
             gc.collect()
-
-
-def _require_tracker(config: VisionConfig) -> None:
-    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
-        raise SnellaConfigError(
-            f"report_to {config.report_to} needs a package that is not installed: "
-            f"pip install {config.report_to}"
-        )

@@ -1,7 +1,6 @@
 """One classification training in one process of a run."""
 
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,23 +12,23 @@ from snell_diffusion.training.adapter_tensors import (
     copy_adapter_tensors,
     trainable_parameters,
 )
-from snell_diffusion.training.checkpoints import Checkpoint
 from snell_diffusion.training.errors import (
     CheckpointError,
     Interrupted,
     NonFiniteError,
     OutputError,
 )
-from snell_diffusion.training.files import write_json, write_text
+from snell_diffusion.training.files import write_json
 from snell_diffusion.training.finite import require_finite_weights
 from snell_diffusion.training.loop import train
 from snell_diffusion.training.parallel import Parallel, digest_of
-from snell_diffusion.training.run_folder import RunFolder, require_same
+from snell_diffusion.training.run_folder import require_same
 from snell_diffusion.training.signals import StopRequest
-from snell_diffusion.training.tracking import Event, Tracker, cut_log, peak_memory
+from snell_diffusion.training.start import find_checkpoint, open_run
+from snell_diffusion.training.tracking import OnEvent, Tracker, peak_memory
 from snell_diffusion.vision.batches import ClassificationLoss, Order
 from snell_diffusion.vision.classifier import Classifier
-from snell_diffusion.vision.config import VisionConfig, config_text, config_values
+from snell_diffusion.vision.config import VisionConfig, config_values
 from snell_diffusion.vision.data import Inputs, Preprocess, Split, Task, read_processor
 from snell_diffusion.vision.features import Features, HeadAlone, is_constant
 from snell_diffusion.vision.loading import base_digest, load_base
@@ -44,7 +43,6 @@ from snell_diffusion.vision.saving import Facts, adapter_bytes, head_bytes, save
 from snell_diffusion.vision.sensitivity import selected
 
 _RECORDS = 20  # allocations in the log of a run
-OnEvent = Callable[[Event], None]
 
 
 class Trainer:
@@ -74,7 +72,7 @@ class Trainer:
         self._parallel, self._stop, self._on_event = parallel, stop, on_event
         self._folder = run_folder(config)
         self._notes = task.summary()
-        checkpoint = self._find_checkpoint(self._folder)
+        checkpoint = find_checkpoint(self._folder, parallel, self._notes.append)
         self._base = load_base(
             config.base,
             len(task.classes),
@@ -129,20 +127,6 @@ class Trainer:
         base, batch = self._base, self._config.eval_batch_size
         return Features(base.family, base.model, inputs, batch, self._parallel)
 
-    def _find_checkpoint(self, folder: RunFolder | None) -> Checkpoint | None:
-        """The main process first: it may have to put back what a killed run left half renamed."""
-        if folder is None:
-            return None
-        main = self._parallel.main
-        if not main:
-            self._parallel.wait()
-        try:
-            return folder.find_checkpoint(self._notes.append)
-        finally:
-            # Also after an error: the others then find its reason, and not a lost connection.
-            if main:
-                self._parallel.wait()
-
     def run(self) -> RunResult:
         """Write the run folder, train, keep the best weights, measure them."""
         self._tracker = self._open()
@@ -170,27 +154,17 @@ class Trainer:
 
     def _open(self) -> Tracker:
         """Take the run folder: the first writes of the run."""
-        main, config = self._parallel.main, self._config
-        path = None if self._folder is None else self._folder.path
-        if main and self._folder is not None:
-            self._folder.take()
-            cut_log(self._folder.path / "log.jsonl", self._state.step if self._resumed else -1)
-            write_text(self._folder.path / "config.yaml", config_text(config))
-        self._parallel.wait()
-        remote = self._remote() if config.report_to != "none" else None
-        tracker = Tracker(path, self._steps, self._on_event, remote, main, config.quiet)
-        tracker.status("preparing", step=self._state.step)
-        for note in self._notes:
-            tracker.note(note)
-        return tracker
-
-    def _remote(self) -> Callable[[dict[str, float], int], None]:
-        """Start TensorBoard or W&B through accelerate."""
-        values = config_values(self._config).items()
-        plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in values}
-        accelerator = self._parallel.accelerator
-        accelerator.init_trackers("classification", config=plain)
-        return lambda numbers, step: accelerator.log(numbers, step=step)
+        return open_run(
+            "classification",
+            config_values(self._config),
+            self._folder,
+            self._parallel,
+            steps=self._steps,
+            resumed=self._state.step if self._resumed else None,
+            notes=self._notes,
+            on_event=self._on_event,
+            quiet=self._config.quiet,
+        )
 
     # Training
 
