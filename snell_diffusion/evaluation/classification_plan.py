@@ -11,12 +11,12 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import TypeAdapter, ValidationError, model_validator
+from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
-from snell_diffusion.errors import SnellaConfigError, SnellaError
-from snell_diffusion.evaluation.plan import Name
+from snell_diffusion.errors import SnellaError
+from snell_diffusion.evaluation import planning
+from snell_diffusion.evaluation.planning import Name
 from snell_diffusion.training.config_types import FROZEN, Count, Positive, Whole
 from snell_diffusion.vision.config import VisionConfig, make_config
 
@@ -81,13 +81,8 @@ class Plan:
     @model_validator(mode="after")
     def _consistent(self) -> "Plan":
         for what in ("tasks", "shots", "seeds", "methods"):
-            found = list(getattr(self, what))
-            if not found or len(set(found)) != len(found):
-                raise ValueError(f"{what} should name at least one, each once")
-        if self.reference not in self.methods:
-            raise ValueError(
-                f"reference '{self.reference}' is no method; known: {', '.join(self.methods)}"
-            )
+            planning.require_each_once(what, list(getattr(self, what)))
+        planning.require_reference(self.reference, self.methods)
         if self.tune is not None:
             self._require_fair(self.tune)
         try:
@@ -102,15 +97,7 @@ class Plan:
             raise ValueError(
                 f"tune.seeds should name seeds that are not reported, got {list(tune.seeds)}"
             )
-        strange = sorted(set(tune.own) - set(self.methods))
-        if strange:
-            raise ValueError(f"tune.own names no method: {', '.join(strange)}")
-        for method in self.methods:
-            if len(set(self.rates(method))) != len(tune.learning_rates):
-                raise ValueError(
-                    f"tune.own gives {method} {len(set(self.rates(method)))} learning rates; every "
-                    f"method should try {len(tune.learning_rates)}"
-                )
+        planning.require_fair(tune, self.methods)
         for shots in self.shots:
             if not [other for other in tune.shots if (other == "all") == (shots == "all")]:
                 raise ValueError(f"tune.shots has nothing near {shots}")
@@ -122,24 +109,11 @@ class Plan:
         Raises:
             SnellaConfigError: No such file, no YAML, or what it says is unknown or contradictory.
         """
-        try:
-            values = yaml.safe_load(path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise SnellaConfigError(f"plan {path} cannot be read: {error}") from error
-        try:
-            return TypeAdapter(cls).validate_python(values)
-        except ValidationError as error:
-            lines = [
-                f"{'.'.join(map(str, e['loc']))} {e['msg'].removeprefix('Value error, ')}".strip()
-                for e in error.errors()
-            ]
-            raise SnellaConfigError(f"plan {path}: " + "; ".join(lines)) from error
+        return planning.read_plan(cls, path)
 
     def rates(self, method: str) -> tuple[float, ...]:
         """Learning rates that a method tries; none without `tune`."""
-        if self.tune is None:
-            return ()
-        return self.tune.own.get(method, self.tune.learning_rates)
+        return planning.rates(self.tune, method)
 
     def tuned_at(self, shots: Shots) -> Shots:
         """The shots whose trials choose the learning rate for others."""

@@ -4,33 +4,17 @@ Reported runs are subjects x methods x seeds. With `tune`, every method first ge
 of trial runs, one per learning rate, on photos that no reported number is measured on.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import yaml
-from pydantic import AfterValidator, TypeAdapter, ValidationError, model_validator
+from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
-from snell_diffusion.errors import SnellaConfigError
+from snell_diffusion.evaluation import planning
+from snell_diffusion.evaluation.planning import Name
 from snell_diffusion.training.config_types import FROZEN, Count, NotNegative, Positive, Whole
-
-_NAME = re.compile(r"[^\W_][^/\\\x00-\x1f]{0,79}")
-_RESERVED = "--"  # separates method, subject and seed in the name of a run
-
-
-def _file_name(value: str) -> str:
-    if not _NAME.fullmatch(value) or _RESERVED in value or value.endswith((".", " ")):
-        raise ValueError(
-            "should begin with a letter or digit and hold at most 80 characters, no slash and no "
-            "'--', since files are named after it"
-        )
-    return value
-
-
-Name = Annotated[str, AfterValidator(_file_name)]
 
 
 @dataclass(**FROZEN)
@@ -119,18 +103,11 @@ class Plan:
 
     @model_validator(mode="after")
     def _consistent(self) -> "Plan":
-        for what, names in (
-            ("subjects", [subject.name for subject in self.subjects]),
-            ("seeds", self.seeds),
-        ):
-            if not names or len(set(names)) != len(names):
-                raise ValueError(f"{what} should name at least one, each once")
+        planning.require_each_once("subjects", [subject.name for subject in self.subjects])
+        planning.require_each_once("seeds", self.seeds)
         if not self.reported:
             raise ValueError("subjects should hold one with `report` on")
-        if self.reference not in self.methods:
-            raise ValueError(
-                f"reference '{self.reference}' is no method; known: {', '.join(self.methods)}"
-            )
+        planning.require_reference(self.reference, self.methods)
         if self.tune is not None:
             self._require_fair(self.tune)
         return self
@@ -142,15 +119,7 @@ class Plan:
             raise ValueError(f"tune.subjects should name some of {', '.join(known)}, got {unknown}")
         if tune.seed in self.seeds:
             raise ValueError(f"tune.seed {tune.seed} is a reported seed; take another one")
-        strange = sorted(set(tune.own) - set(self.methods))
-        if strange:
-            raise ValueError(f"tune.own names no method: {', '.join(strange)}")
-        for method in self.methods:
-            if len(set(self.rates(method))) != len(tune.learning_rates):
-                raise ValueError(
-                    f"tune.own gives {method} {len(set(self.rates(method)))} learning rates; every "
-                    f"method should try {len(tune.learning_rates)}"
-                )
+        planning.require_fair(tune, self.methods)
 
     @classmethod
     def read(cls, path: Path) -> "Plan":
@@ -159,18 +128,7 @@ class Plan:
         Raises:
             SnellaConfigError: No such file, no YAML, or what it says is unknown or contradictory.
         """
-        try:
-            values = yaml.safe_load(path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise SnellaConfigError(f"plan {path} cannot be read: {error}") from error
-        try:
-            return TypeAdapter(cls).validate_python(values)
-        except ValidationError as error:
-            lines = [
-                f"{'.'.join(map(str, e['loc']))} {e['msg'].removeprefix('Value error, ')}".strip()
-                for e in error.errors()
-            ]
-            raise SnellaConfigError(f"plan {path}: " + "; ".join(lines)) from error
+        return planning.read_plan(cls, path)
 
     @property
     def reported(self) -> tuple[Subject, ...]:
@@ -183,9 +141,7 @@ class Plan:
 
     def rates(self, method: str) -> tuple[float, ...]:
         """Learning rates that a method tries; none without `tune`."""
-        if self.tune is None:
-            return ()
-        return self.tune.own.get(method, self.tune.learning_rates)
+        return planning.rates(self.tune, method)
 
     def trials(self) -> Iterator[tuple[str, Subject, float]]:
         """All runs that choose learning rates."""
