@@ -7,15 +7,14 @@ pixel is decoded, so a file that unpacks to gigabytes costs nothing.
 import hashlib
 import os
 import stat
-import warnings
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from snell_diffusion.training.pixels import MAX_PIXELS, open_picture, upright_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_PIXELS = 50_000_000
 MAX_FILE_BYTES = 256 * 2**20
 MIN_SIDE = 16
 MAX_ASPECT = 10  # longer side over shorter; scaling a narrower strip up would fill the memory
@@ -77,14 +76,9 @@ def _check_file(found: os.stat_result) -> None:
 
 def _decode(file: BinaryIO, behind: str) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            # Size is checked below with a message of our own.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
-                _check(image)
-                image.load()
-                ImageOps.exif_transpose(image, in_place=True)
-                picture = _to_rgb(image, behind)
+        with open_picture(file, FORMATS) as image:
+            _check(image)
+            picture = upright_rgb(image, behind)
     except PhotoError:
         raise
     except UnidentifiedImageError as error:
@@ -111,21 +105,3 @@ def _check(image: Image.Image) -> None:
     frames = getattr(image, "n_frames", 1)
     if image.format in ("PNG", "WEBP") and frames > 1:
         raise PhotoError(f"is animated ({frames} frames): save one of them as a picture")
-
-
-def _to_rgb(image: Image.Image, behind: str) -> Image.Image:
-    if image.mode.startswith("I"):
-        return _deep_grey(image)
-    if "A" in image.getbands() or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, behind), rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def _deep_grey(image: Image.Image) -> Image.Image:
-    """16-bit grey to RGB; PIL's own conversion to 8 bits clips instead of scaling."""
-    values = np.asarray(image, np.uint32)
-    grey = (values >> 8).astype(np.uint8)
-    if "transparency" in image.info:
-        grey[values == image.info["transparency"]] = 255
-    return Image.fromarray(grey).convert("RGB")

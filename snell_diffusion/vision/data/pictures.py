@@ -1,20 +1,19 @@
 """Image files and arrays -> RGB pictures; what is wrong with a file is said in its own words."""
 
 import hashlib
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from snell_diffusion.errors import SnellaConfigError
+from snell_diffusion.training.pixels import MAX_PIXELS, open_picture, upright_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-MAX_PIXELS = 50_000_000
 _ENDS = 4096  # bytes at each end of a file that tell it from others of its size
 
 
@@ -43,9 +42,7 @@ def read_picture(path: Path) -> Image.Image:
     """
     with _opened(path) as image:
         try:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            return upright_rgb(image, behind="black")
         except Exception as error:  # a decoder given damaged bytes may raise anything
             raise PictureError(
                 f"cannot be decoded ({error or type(error).__name__}); fetch it anew"
@@ -68,10 +65,7 @@ def check_picture(path: Path, how: str) -> None:
 
 def _opened(path: Path) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            # The size is checked below, with a message of our own.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=FORMATS)
+        image = open_picture(path, FORMATS)
     except FileNotFoundError as error:
         raise PictureError("is missing") from error
     except UnidentifiedImageError as error:
@@ -86,15 +80,6 @@ def _opened(path: Path) -> Image.Image:
         image.close()
         raise PictureError(f"is {size}, more than {MAX_PIXELS // 10**6} million pixels")
     return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion would clip
-        image = Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
-    return image.convert("RGB")
 
 
 @dataclass(frozen=True)
