@@ -1,10 +1,8 @@
-"""The typed header of format 1, its parser with the version rules, and the digest.
+"""The typed header of format 1, its parser, and the digest.
 
 The container's `__metadata__` holds three texts (and `format: pt`, which other tools expect):
 
-    snella.format   "1.0", or a later one where something needs it (see `_SINCE`); another major
-                    number is refused, unknown fields of a later minor number are ignored with one
-                    warning
+    snella.format   "1.0", or a later one where something needs it (version rules: `formats`)
     snella.header   JSON of `Header`, the only description of the tensors that is trusted
     snella.digest   "sha256:" + hex over the header text and every tensor (see `digest`)
 """
@@ -13,7 +11,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -28,22 +26,26 @@ from torch import Tensor
 
 from snell_diffusion.adapters import limits
 from snell_diffusion.adapters.container import FETCH, parse_strict_json, tensor_bytes
+from snell_diffusion.adapters.formats import (
+    DIGEST_KEY,
+    FEATURES,
+    FORMAT_KEY,
+    HEADER_KEY,
+    READING,
+    check_features,
+    check_needed,
+    features_of,
+    format_for,
+    is_newer,
+    version_of,
+)
 from snell_diffusion.adapters.rows import Layer, check_row, completed, row_data
 from snell_diffusion.errors import SnellaFileError, SnellaSchemaError, quoted, shown
-from snell_diffusion.tuners import METHODS
 
-FORMAT_KEY, HEADER_KEY, DIGEST_KEY = "snella.format", "snella.header", "snella.digest"
+__all__ = ["DIGEST_KEY", "FEATURES", "FORMAT_KEY", "HEADER_KEY", "READING", "WRITING"]
+__all__ += ["Base", "Component", "Encoder", "Header", "Layer", "NewWord", "Origin", "Tokens"]
+__all__ += ["digest", "features_of", "format_for", "header_from", "parse_header", "version_of"]
 
-_FIRST_METHOD = "snella"
-# What not every reader of format 1 has, and the format that brought it. A file of an earlier one
-# cannot have it, and one that has it says so: readers of before refuse it by name.
-_LATER = {"conv": "1.1", "tokens": "1.1", "packed": "1.2"}
-_OTHER_METHODS = "1.2"
-# What a reader of this version can compute. A writer lists what its adapter needs in `requires`.
-FEATURES = frozenset({*_LATER, *(method.stored_as for method in METHODS.values())})
-_SINCE = {feature: _LATER.get(feature, _OTHER_METHODS) for feature in FEATURES - {_FIRST_METHOD}}
-
-READING = f"the file is damaged or was not written by snell_diffusion: {FETCH}"
 WRITING = "nothing was written: change it and save again"
 
 Text = Annotated[str, StringConstraints(max_length=limits.MAX_STRING)]
@@ -199,7 +201,7 @@ def parse_header(metadata: Mapping[str, str], source: str) -> Header:
             "load_lora_weights"
         )
     # First of all the version: a later one may keep the rest elsewhere.
-    newer = FORMAT_KEY in metadata and _is_newer(metadata, source)
+    newer = FORMAT_KEY in metadata and is_newer(metadata, source)
     if missing:
         raise SnellaFileError(
             f"{source}: field '__metadata__': expected {shown(missing)} too, got only "
@@ -208,66 +210,15 @@ def parse_header(metadata: Mapping[str, str], source: str) -> Header:
     text = metadata[HEADER_KEY]
     data = parse_strict_json(text, f"{source}: field {HEADER_KEY!r}", limits.MAX_FIELDS)
     if newer:
-        _check_features(data, source)
+        check_features(data, source)
     header = header_from(data, source, ignore_unknown=newer)
     if header.format != metadata[FORMAT_KEY]:
         raise SnellaSchemaError(
             f"{source}: header field 'format': expected {metadata[FORMAT_KEY]!r} as in "
             f"{FORMAT_KEY}, got {header.format!r}; {READING}"
         )
-    _check_features(data, source)
+    check_features(data, source)
     return header
-
-
-def _check_features(data: Mapping[str, Any], source: str) -> None:
-    """Refuse what this version cannot compute; before all else in the header of a later version."""
-    requires = data.get("requires")
-    if not isinstance(requires, list) or not all(isinstance(name, str) for name in requires):
-        return  # the schema says what is wrong with it
-    unknown = sorted(set(requires) - FEATURES)
-    if unknown:
-        raise SnellaFileError(
-            f"{source}: header field 'requires': expected features this version knows "
-            f"({shown(FEATURES)}), got {shown(map(quoted, unknown))}; {_what_to_install(data)}"
-        )
-
-
-def _is_newer(metadata: Mapping[str, str], source: str) -> bool:
-    """True if the file's format is a later minor version of ours; raises for another major one."""
-    text = metadata[FORMAT_KEY]
-    if not limits.VERSION.fullmatch(text):
-        raise SnellaSchemaError(
-            f"{source}: field {FORMAT_KEY!r}: expected a version such as '{limits.FORMAT}', got "
-            f"{quoted(text)}; {READING}"
-        )
-    major, _, minor = text.partition(".")
-    ours = limits.FORMAT.partition(".")
-    if major != ours[0]:
-        raise SnellaFileError(
-            f"{source}: field {FORMAT_KEY!r}: expected {ours[0]}.x, which this version reads, got "
-            f"{text}; {_what_to_install(_header_table(metadata, source))}"
-        )
-    return int(minor) > int(ours[2])
-
-
-def _header_table(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
-    """The header of another format, as far as it is JSON; empty if not."""
-    try:
-        return parse_strict_json(metadata.get(HEADER_KEY, ""), source, limits.MAX_FIELDS)
-    except SnellaFileError:
-        return {}
-
-
-def _what_to_install(data: Mapping[str, Any]) -> str:
-    """The next step for a file of another version: the writer's own, if it tells a plain number."""
-    writer = data.get("writer")
-    known = limits.WRITER.fullmatch(writer) if isinstance(writer, str) else None
-    if known is None:
-        return "install another version of snell_diffusion: pip install --upgrade snell-diffusion"
-    return (
-        f"install snell_diffusion {known[1]}, which wrote it, or a later version: "
-        f"pip install --upgrade 'snell-diffusion>={known[1]}'"
-    )
 
 
 def header_from(
@@ -380,7 +331,7 @@ def _check_names(header: Header, source: str, hint: str) -> None:
             check_row(layer, part.method, place, hint)
     if header.tokens is not None:
         _check_tokens(header.tokens, source, hint)
-    _check_needed(header, source, hint)
+    check_needed(header.features(), header.requires, header.format, source, hint)
 
 
 def _check_tokens(tokens: Tokens, source: str, hint: str) -> None:
@@ -402,42 +353,6 @@ def _check_tokens(tokens: Tokens, source: str, hint: str) -> None:
         )
     for name in tokens.encoders:
         _match(limits.COMPONENT_NAME, name, "tokens.encoders", source, hint)
-
-
-def _check_needed(header: Header, source: str, hint: str) -> None:
-    """A feature of a later format is named in `requires`, and the format is not earlier."""
-    for feature in sorted(header.features() & set(_SINCE)):
-        if feature not in header.requires:
-            raise SnellaSchemaError(
-                f"{source}: header field 'requires': expected {feature!r}, which the file uses, "
-                f"got {shown(header.requires)}; {hint}"
-            )
-        if version_of(header.format) < version_of(_SINCE[feature]):
-            raise SnellaSchemaError(
-                f"{source}: header field 'format': expected {_SINCE[feature]} or later, which has "
-                f"{feature!r}, got {header.format}; {hint}"
-            )
-
-
-def features_of(methods: Set[str], kinds: Set[str], words: bool, packed: bool = False) -> set[str]:
-    """What a reader must know: the methods, and what not every reader of the format has."""
-    later = {"conv": "conv2d" in kinds, "tokens": words, "packed": packed}
-    return {*methods, *(feature for feature, used in later.items() if used)}
-
-
-def version_of(text: str) -> tuple[int, int]:
-    """A format's major and minor number."""
-    major, _, minor = text.partition(".")
-    return int(major), int(minor)
-
-
-def format_for(features: set[str]) -> str:
-    """The earliest format that has these features, so that older readers take what they can."""
-    return max(
-        (_SINCE[feature] for feature in features & set(_SINCE)),
-        key=version_of,
-        default=limits.PLAIN_FORMAT,
-    )
 
 
 def _match(pattern: Any, name: str, field: str, source: str, hint: str) -> None:

@@ -16,8 +16,7 @@ from transformers import T5Config, T5EncoderModel
 
 import snell_diffusion  # noqa: F401  adds load_snella_weights to the pipeline
 from snell_diffusion.__main__ import main
-from snell_diffusion.adapters import adapter_file_bytes, load_adapter, read_adapter
-from snell_diffusion.adapters import schema as schema_module
+from snell_diffusion.adapters import adapter_file_bytes, formats, load_adapter, read_adapter
 from snell_diffusion.adapters.export_lora import export_lora
 from snell_diffusion.adapters.inspect import summary
 from snell_diffusion.adapters.tokens import attach_words, remove_tokens
@@ -197,8 +196,8 @@ def test_only_what_needs_it_is_of_the_later_format(made: Any, adapter_bytes: byt
 
 
 def test_a_reader_of_before_refuses_by_name(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schema_module, "FEATURES", frozenset({"snella"}))
-    monkeypatch.setattr(schema_module.limits, "FORMAT", "1.0")
+    monkeypatch.setattr(formats, "FEATURES", frozenset({"snella"}))
+    monkeypatch.setattr(formats.limits, "FORMAT", "1.0")
     with pytest.raises(SnellaFileError, match=r"features this version knows .*got 'tokens'; inst"):
         read_adapter(made[0])
 
