@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from snell_diffusion.adapters.export_tokens import EMBEDS_GLOB
 from snell_diffusion.diffusion.cache import Cache
@@ -41,16 +42,14 @@ from snell_diffusion.diffusion.setup import absent_parts, base_path, build_model
 from snell_diffusion.training.adapter_tensors import (
     adapters_off,
     evaluating,
-    trainable_parameters,
 )
 from snell_diffusion.training.errors import (
     CheckpointError,
     Interrupted,
     NonFiniteError,
-    OutputError,
     UploadError,
 )
-from snell_diffusion.training.finite import require_finite_weights
+from snell_diffusion.training.keeping import StateKeeper
 from snell_diffusion.training.loop import train
 from snell_diffusion.training.parallel import Parallel, digest_of
 from snell_diffusion.training.parallel.launcher import launcher_pid
@@ -152,8 +151,10 @@ class Trainer:
             "settings, photos, base or checkpoint of the run",
         )
         self._resumed = checkpoint is not None
-        self._saved: int | None = None
         self._class_digest = checkpoint.state["class_images"] if checkpoint else None
+        self._keeper = StateKeeper(
+            self._state, folder.checkpoints, parallel, self._about, "checkpointing_steps"
+        )
         self._sampler = Sampler(
             self._model,
             size=config.resolution,
@@ -161,6 +162,9 @@ class Trainer:
             guidance=config.guidance_scale,
             seed=config.seed,
         )
+
+    def _about(self) -> dict[str, Any]:
+        return {"identity": self._identity, "class_images": self._class_digest}
 
     def _write_card(self, result: RunResult) -> None:
         """Pictures and model card; with push_to_hub all of it goes to the hub."""
@@ -328,9 +332,10 @@ class Trainer:
                 self._stop,
             )
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error}. {self._keep_last_good()}") from error
+            kept = self._keeper.keep_last_good(self._tracker)
+            raise NonFiniteError(f"{error}. {kept}") from error
         if stopped:
-            path = self._save_checkpoint()
+            path = self._keeper.save(self._tracker)
             self._save_adapter(self._state.step)
             raise Interrupted(
                 self._stop.signum or 15,
@@ -351,39 +356,9 @@ class Trainer:
         every = self._config.checkpointing_steps
         last = step == self._config.max_train_steps or self._state.exhausted
         if (every and step % every == 0) or last:
-            self._save_checkpoint()
+            self._keeper.save(self._tracker)
         self._model.phases.enter("train")
         self._last = time.monotonic()
-
-    def _save_checkpoint(self) -> Path:
-        """Publish the state after the current step, from the main process."""
-        step = self._state.step
-        weights = trainable_parameters(self._model.components)
-        require_finite_weights(weights, f"after step {step}", self._parallel)
-        tensors, state = self._state.pack()
-        if self._parallel.main:
-            state["identity"] = self._identity
-            state["class_images"] = self._class_digest
-            self._folder.checkpoints.save(step, tensors, state)
-            self._tracker.event("checkpoint", step=step)
-        self._parallel.wait()
-        self._saved = step
-        return self._folder.checkpoints.path(step)
-
-    def _keep_last_good(self) -> str:
-        """Save the state before a failed step, if it is sound; say what is kept."""
-        if self._saved == self._state.step:
-            # The levels are those of the failed step by now.
-            return f"The last good state is kept in {self._folder.checkpoints.path(self._saved)}"
-        try:
-            return f"The last good state is kept in {self._save_checkpoint()}"
-        except (CheckpointError, OutputError) as error:
-            return f"The last good state could not be saved: {error}"
-        except NonFiniteError:
-            steps = self._folder.checkpoints.steps()
-            if steps:
-                return f"The last good state is kept in {self._folder.checkpoints.path(steps[-1])}"
-            return "No earlier state was saved; set checkpointing_steps to keep one"
 
     def _save_adapter(self, step: int) -> Path:
         """Write the adapter file as it is now, after optimizer step `step`; return its path.

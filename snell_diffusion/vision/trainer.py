@@ -13,16 +13,15 @@ from snell_diffusion.training.adapter_tensors import (
     trainable_parameters,
 )
 from snell_diffusion.training.errors import (
-    CheckpointError,
     Interrupted,
     NonFiniteError,
-    OutputError,
 )
 from snell_diffusion.training.files import write_json
 from snell_diffusion.training.finite import require_finite_weights
+from snell_diffusion.training.keeping import StateKeeper
 from snell_diffusion.training.loop import train
 from snell_diffusion.training.parallel import Parallel, digest_of
-from snell_diffusion.training.run_folder import require_same
+from snell_diffusion.training.run_folder import RunFolder, require_same
 from snell_diffusion.training.signals import StopRequest
 from snell_diffusion.training.start import find_checkpoint, open_run
 from snell_diffusion.training.tracking import OnEvent, Tracker, peak_memory
@@ -103,13 +102,19 @@ class Trainer:
             "settings, images, base or checkpoint of the run",
         )
         self._resumed = checkpoint is not None
-        self._saved: int | None = None
+        self._keeper = None if self._folder is None else self._keeper_in(self._folder)
         self._best_found: Measurement | None = None
         self._fixed = is_constant(model, inputs, config.backbone_drop_path or 0.0)
         self._asked: Family | HeadAlone = HeadAlone() if self._fixed else family
         shown = self._features(inputs)
         self._loss = ClassificationLoss(config, self._asked, model, shown, self._order, parallel)
         self._validation = self._inputs_of(task.validation)
+
+    def _keeper_in(self, folder: RunFolder) -> StateKeeper:
+        about = {"identity": self._identity}
+        return StateKeeper(
+            self._state, folder.checkpoints, self._parallel, lambda: about, "checkpointing_epochs"
+        )
 
     def _choose(self, settings: PeftConfig) -> PeftConfig:
         """Settings that a sensitivity pass completes, on training images without augmentation."""
@@ -179,9 +184,9 @@ class Trainer:
             raise NonFiniteError(f"{error}. {self._keep_last_good()}") from error
         if stopped:
             step, signum = self._state.step, self._stop.signum or 15
-            if self._folder is None:
+            if self._keeper is None:
                 raise Interrupted(signum, f"stopped after step {step}; nothing was written")
-            path = self._save_checkpoint()
+            path = self._keeper.save(self._tracker)
             with self._shown():
                 self._save(step)
             raise Interrupted(
@@ -189,6 +194,11 @@ class Trainer:
                 f"stopped after step {step}, the state is in {path}; continue with "
                 f"--resume_from_checkpoint latest",
             )
+
+    def _keep_last_good(self) -> str:
+        if self._keeper is None:
+            return "Nothing was written"
+        return self._keeper.keep_last_good(self._tracker)
 
     def _on_step(self, numbers: dict[str, float]) -> None:
         step, now = self._state.step, time.monotonic()
@@ -206,8 +216,8 @@ class Trainer:
         last = last or self._state.exhausted
         if last or step % max(1, self._steps // _RECORDS) == 0:
             self._record_allocation(step, last)
-        if self._folder is not None and (last or (every and step % (every * per_epoch) == 0)):
-            self._save_checkpoint()
+        if self._keeper is not None and (last or (every and step % (every * per_epoch) == 0)):
+            self._keeper.save(self._tracker)
         self._last = time.monotonic()
 
     def _kept_share(self) -> float | None:
@@ -243,39 +253,6 @@ class Trainer:
     def _measure(self, inputs: Inputs | Features) -> Measurement:
         model, batch = self._base.model, self._config.eval_batch_size
         return measure(self._asked, model, inputs, batch, self._parallel)
-
-    # Checkpoints
-
-    def _save_checkpoint(self) -> Path:
-        """Publish the state after the current step, from the main process."""
-        assert self._folder is not None
-        step = self._state.step
-        weights = trainable_parameters(self._state.components)
-        require_finite_weights(weights, f"after step {step}", self._parallel)
-        tensors, state = self._state.pack()
-        if self._parallel.main:
-            self._folder.checkpoints.save(step, tensors, {**state, "identity": self._identity})
-            self._tracker.event("checkpoint", step=step)
-        self._parallel.wait()
-        self._saved = step
-        return self._folder.checkpoints.path(step)
-
-    def _keep_last_good(self) -> str:
-        """Save the state before a failed step, if it is sound; say what is kept."""
-        if self._folder is None:
-            return "Nothing was written"
-        if self._saved == self._state.step:
-            # The levels are those of the failed step by now.
-            return f"The last good state is kept in {self._folder.checkpoints.path(self._saved)}"
-        try:
-            return f"The last good state is kept in {self._save_checkpoint()}"
-        except (CheckpointError, OutputError) as error:
-            return f"The last good state could not be saved: {error}"
-        except NonFiniteError:
-            steps = self._folder.checkpoints.steps()
-            if steps:
-                return f"The last good state is kept in {self._folder.checkpoints.path(steps[-1])}"
-            return "No earlier state was saved; set checkpointing_epochs to keep one"
 
     # The end
 
