@@ -4,20 +4,20 @@ Shape legend: I in features, O out features; weights and updates are (O, I), inp
 is here is a Linear's; `conv.py` has the same for kernels flattened to rows.
 
 A method gives parameters and one pure function of them (`delta_params`, `delta_fn`). Wrapping,
-forward, merge, unmerge, scale, dropout, several adapters and disabling follow from those two here.
+forward, merge, unmerge, dropout and disabling follow from those two here; which adapters there are,
+and how strong, is in `holder.py`.
 """
 
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from snell_diffusion.core import BlockUpdate, DeltaFn, ScaledSum, WholeUpdate, fold, merged_linear
@@ -28,9 +28,9 @@ from snell_diffusion.tuners.effective import (
     effective_weight,
     may_keep,
 )
+from snell_diffusion.tuners.holder import AdapterHolder
 from snell_diffusion.tuners.merging import Merged, merge, unmerge
-from snell_diffusion.tuners.offload import compute_device, onloaded
-from snell_diffusion.tuners.scale import CallScale
+from snell_diffusion.tuners.offload import onloaded
 from snell_diffusion.tuners.weights import (
     HALVES,
     is_linear_like,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["DeltaLayer"]
 
 
-class DeltaLayer(nn.Module, BaseTunerLayer):
+class DeltaLayer(AdapterHolder):
     """A Linear (or, in `conv.py`, a Conv2d) that adds the updates of its active adapters.
 
     A float32 or float64 base takes part in one product with W0 + ΔW. A quantized base, a base with
@@ -68,10 +68,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     each adapted weight (`clear_cache` releases it); `merge` needs none on the device.
 
     Attributes:
-        r: Rank by adapter.
-        scaling: Factor on each adapter's update now: `config.scale` times the weight given to
-            `set_scale` times the call-time factors of `scale_layer`. Change it by those methods.
-        configs: Config by adapter.
+        r, scaling, configs: By adapter, as of `AdapterHolder`.
         trained_sparsity: By adapter, the level and threshold it was trained with, kept while
             another level is tried out at inference time.
         merge_error: By merged adapter, how far the weight written is from the exact sum, relative
@@ -83,8 +80,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     """
 
     other_param_names: tuple[str, ...] = (
-        *("r", "scaling", "configs", "weights", "merge_error"),
-        "trained_sparsity",
+        *AdapterHolder.other_param_names,
+        *("merge_error", "trained_sparsity"),
     )
     kind = "linear"
     packed_names: tuple[str, ...] = ()
@@ -95,31 +92,16 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     fold_16bit: bool | Literal["auto"] = "auto"
     cache_in_eval: bool | Literal["auto"] = "auto"
 
-    if TYPE_CHECKING:  # from peft's mixin, which has no types; torch's __getattr__ would hide them
-        active_adapters: list[str]
-        get_base_layer: Callable[[], nn.Linear]
-
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: "DeltaConfig", key: str
     ) -> None:
-        super().__init__()
-        # In a loaded pipeline (eval mode) a fresh layer must neither drop inputs nor recompute.
-        self.training = base_layer.training
-        self.base_layer = base_layer
+        super().__init__(base_layer, adapter_name)
         self.adopt(key)
-        self.r: dict[str, int] = {}
-        self.scaling: dict[str, float] = {}
-        self.configs: dict[str, DeltaConfig] = {}
-        self.weights: dict[str, float] = {}
         self.merge_error: dict[str, float] = {}
         self.trained_sparsity: dict[str, dict[str, Tensor]] = {}
-        self.merged_adapters: list[str] = []
-        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
-        self._call_scale = CallScale()
         self._merged: Merged | None = None
         self._kept: Effective | None = None
         self.ready: ReadyWeight | None = None
-        self._active_adapter = adapter_name
         self.add_containers()
         self.update_layer(adapter_name, config, key)
 
@@ -171,16 +153,6 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     # What a method provides
 
     @abstractmethod
-    def add_containers(self) -> None:
-        """Create the empty per-adapter containers named in `adapter_layer_names`."""
-
-    @abstractmethod
-    def create_tensors(
-        self, adapter: str, config: "DeltaConfig", generator: torch.Generator | None
-    ) -> None:
-        """Fill the containers for a new adapter, in float32 on the CPU."""
-
-    @abstractmethod
     def delta_params(self, adapter: str) -> tuple[Tensor, ...]:
         """The tensors `delta_fn` takes; gradients flow to these."""
 
@@ -217,97 +189,6 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def on_training_forward(self, adapter: str) -> None:
         """Called before an update that will be differentiated."""
 
-    # Adapters
-
-    def update_layer(self, adapter_name: str, config: "DeltaConfig", key: str) -> None:
-        """Add an adapter.
-
-        Args:
-            adapter_name: Not yet in this layer, without dots.
-            config: Its settings; `config.seed` makes the start a function of seed and `key`.
-            key: The module's path in its model.
-
-        Raises:
-            ValueError: The name cannot be used.
-        """
-        self._check_name(adapter_name)
-        self.clear_cache()
-        self.r[adapter_name] = config.r
-        self.configs[adapter_name] = config
-        self.weights[adapter_name] = 1.0
-        self._refresh_scaling()
-        self.create_tensors(adapter_name, config, layer_generator(config.seed, key))
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _check_name(self, name: str) -> None:
-        if name in self.configs:
-            raise ValueError(f"adapter {name!r} already exists in this layer; delete it first")
-        if not name or "." in name or hasattr(nn.ParameterDict(), name):
-            raise ValueError(
-                f"adapter name {name!r} cannot be used: it must not be empty, contain a dot or be "
-                "the name of a torch attribute; use letters, digits, '_' and '-'"
-            )
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        if adapter_name in self.merged_adapters:
-            raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before deleting it")
-        super().delete_adapter(adapter_name)
-        self.clear_cache()
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        before = self.active_adapters[:]
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
-        if self.active_adapters != before:
-            self.clear_cache()
-
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
-        """Move an adapter next to its base weight; unlike PEFT's own, keep it in full precision."""
-        device = device or compute_device(self.get_base_layer())
-        if device.type == "meta":
-            return
-        for _, container in self.containers():
-            if adapter_name not in container or container[adapter_name].device.type == "meta":
-                continue
-            tensor = container[adapter_name]
-            dtype = torch.float32 if tensor.dtype in HALVES else tensor.dtype
-            if tensor.device != device or tensor.dtype != dtype:
-                container[adapter_name] = tensor.to(device=device, dtype=dtype)
-
-    def containers(self) -> Iterator[tuple[str, Any]]:
-        """The per-adapter dictionaries of parameters and buffers by attribute name."""
-        return (item for item in self.named_children() if item[0] != "base_layer")
-
-    # Scale
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Set an adapter's weight; its update is multiplied by `config.scale * scale`.
-
-        Adapters this layer does not have are ignored: PEFT and diffusers call every layer.
-        """
-        if adapter not in self.weights:
-            return
-        if not self._call_scale.ends_zero_call(adapter):
-            self.weights[adapter] = float(scale)
-        self._refresh_scaling()
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scale of this layer for the time of a call, until `unscale_layer`."""
-        self._call_scale.push(scale, self._applicable())
-        self._refresh_scaling()
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Undo `scale_layer(scale)` exactly; None undoes all of them."""
-        self._call_scale.pop(scale)
-        self._refresh_scaling()
-
-    def _refresh_scaling(self) -> None:
-        for adapter, weight in self.weights.items():
-            factor = self._call_scale.product()
-            self.scaling[adapter] = self.configs[adapter].scale * weight * factor
-
     # The update
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -322,9 +203,6 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """Frobenius norm of an adapter's update as it is applied."""
         with torch.no_grad(), self._onloaded():
             return float(torch.linalg.vector_norm(self.get_delta_weight(adapter)))
-
-    def _applicable(self) -> tuple[str, ...]:
-        return tuple(name for name in self.active_adapters if name in self.configs)
 
     def _combined(
         self, adapters: Sequence[str], scales: dict[str, float] | None = None
@@ -504,14 +382,3 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"{type(self).__module__.rpartition('.')[2]}.{super().__repr__()}"
-
-
-def layer_generator(seed: int | None, key: str) -> torch.Generator | None:
-    """A CPU generator that depends on seed and module path alone; None is torch's global one.
-
-    Hashing the path makes a layer's start independent of which other layers are adapted.
-    """
-    if seed is None:
-        return None
-    digest = sha256(f"{seed}:{key}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
