@@ -89,6 +89,6 @@ def _writable_weight(layer: "DeltaLayer", adapters: Sequence[str]) -> Tensor:
                 if isinstance(weight, Tensor)
                 else "no weight of floats"
             )
-            + ": use the adapter unmerged, or load the base model unquantized"
+            + ": use the adapter unmerged, or load the base model unquantized and uncompressed"
         )
     return base.weight
