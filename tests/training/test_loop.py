@@ -101,8 +101,7 @@ def test_levels_compete_during_training() -> None:
     model = adapted()
     state = state_of(model)
     go(state, loss_of(model), STEPS)
-    kept = state.competition.allocator.keep()
-    assert sum(kept.values()) < sum(state.competition.allocator.sizes.values())
+    assert state.competition.kept_share() < 1
     assert model["net"].first.sparsity("default") != model["net"].second.sparsity("default")
 
 
