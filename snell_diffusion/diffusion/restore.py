@@ -16,15 +16,22 @@ from typing import Any
 import torch
 from peft import PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from snell_diffusion.diffusion.loaded import models_of
 from snell_diffusion.diffusion.run_folder import ADAPTER_FILES
-from snell_diffusion.errors import SnellaFileError, SnellaKeyError, SnellaShapeError, shown
+from snell_diffusion.errors import (
+    SnellaError,
+    SnellaFileError,
+    SnellaKeyError,
+    SnellaShapeError,
+    shown,
+)
 from snell_diffusion.training.files import write_with
+from snell_diffusion.tuners.peft_state import fill_peft_adapter
 from snell_diffusion.tuners.recipes import RECIPES, quiet_sparse
 from snell_diffusion.tuners.traverse import innermost
 
@@ -216,12 +223,10 @@ def _inject(
                 warnings.simplefilter("ignore")
                 quiet_sparse()
                 inject_adapter_in_model(kind(**given), model, _ADAPTER)
-                result = set_peft_model_state_dict(model, dict(values), adapter_name=_ADAPTER)
-            if result.unexpected_keys:
-                raise SnellaKeyError(
-                    f"{path}: {component}: unknown tensors {shown(result.unexpected_keys, 4)}; use "
-                    "the base it was trained on"
-                )
+                fill_peft_adapter(model, values, _ADAPTER, f"{path}: {component}")
+        except SnellaError:
+            detach()
+            raise
         except (TypeError, ValueError, RuntimeError) as error:
             detach()
             raise SnellaFileError(f"{path}: {component} does not take it: {error}") from error

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig
-from peft.utils import set_peft_model_state_dict
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from snell_diffusion.adapters import WEIGHTS_NAME, load_adapter, read_adapter
-from snell_diffusion.errors import SnellaBaseError, SnellaFileError
+from snell_diffusion.errors import SnellaBaseError, SnellaFileError, shown
+from snell_diffusion.tuners.peft_state import fill_peft_adapter
 from snell_diffusion.vision.data import Preprocess
 from snell_diffusion.vision.loading import Base, base_digest, load_base
 from snell_diffusion.vision.method import ADAPTER, COMPONENT, inject
-from snell_diffusion.vision.models import Family
+from snell_diffusion.vision.models import HEAD, Family
 from snell_diffusion.vision.saving import (
     HEAD_FILE,
     MODEL_FOLDER,
@@ -106,6 +106,7 @@ def load_classifier(
 
     Raises:
         SnellaFileError: The folder holds no trained classifier, or a part is damaged.
+        SnellaKeyError, SnellaShapeError: Tensors of the adapter do not fit the base.
         SnellaBaseError: The base cannot be loaded or is another one.
     """
     folder = Path(folder)
@@ -141,12 +142,18 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 @torch.no_grad()
 def _put_head(model: nn.Module, path: Path) -> None:
     live = dict(model.named_parameters())
-    for name, value in _tensors(path).items():
+    tensors = _tensors(path)
+    missing = [n for n in live if n.startswith(f"{HEAD}.") and n not in tensors]
+    if missing:
+        raise SnellaFileError(f"{path}: expected the whole head, {shown(missing)} are missing")
+    for name, value in tensors.items():
         if name not in live or live[name].shape != value.shape:
             expected = tuple(live[name].shape) if name in live else "no such tensor"
             raise SnellaFileError(
                 f"{path}: {name}: expected {expected} as in the base, got {tuple(value.shape)}"
             )
+        if not bool(torch.isfinite(value.float()).all()):
+            raise SnellaFileError(f"{path}: tensor {name} holds NaN or infinite values")
         live[name].copy_(value)
 
 
@@ -162,8 +169,4 @@ def _put_adapter(base: Base, folder: Path) -> None:
         inject(base.model, settings, seed=0)
         tensors = _tensors(folder / PEFT_WEIGHTS)
         named = {name.removeprefix(PEFT_PREFIX): value for name, value in tensors.items()}
-        result = set_peft_model_state_dict(base.model, named, adapter_name=ADAPTER)
-        if result.unexpected_keys:
-            raise SnellaFileError(
-                f"{folder / PEFT_WEIGHTS}: unknown tensors {result.unexpected_keys[:4]}"
-            )
+        fill_peft_adapter(base.model, named, ADAPTER, str(folder / PEFT_WEIGHTS))

@@ -177,6 +177,8 @@ def settings_of(metadata: dict[str, str], **changes: Any) -> None:
         (lambda m, t: t.update({"vae2.x": torch.zeros(1)}), "is for 'vae2'"),
         (lambda m, t: t.update({"unet.x": torch.zeros(1)}), "unknown tensors x"),
         (lambda m, t: next(iter(t.values())).fill_(torch.nan), "NaN or infinite"),
+        (lambda m, t: t.popitem(), "1 are missing"),
+        (lambda m, t: t.update({n: v[:1] for n, v in t.items()}), "expected shape"),
     ],
 )
 def test_files_that_do_not_fit_leave_the_pipeline_as_it_was(

@@ -2,14 +2,15 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from snell_diffusion.errors import SnellaConfigError
+from snell_diffusion.errors import SnellaConfigError, SnellaError
 from snell_diffusion.training.errors import CheckpointError, NonFiniteError
 from snell_diffusion.tuners.recipes import RECIPES
 from snell_diffusion.vision.classifier import load_classifier
@@ -119,6 +120,42 @@ def test_sensitivity_pass(
     whole = runs.config(bases["vit"], pictures, None, method=method, rank=2)
     assert run(whole).sizes.adapter > 1500
     assert load_classifier(tmp_path / "run").classes == runs.CLASSES
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("adapter_model", lambda t: t.popitem(), "1 are missing"),
+        ("adapter_model", lambda t: t.update(x=torch.zeros(1)), "unknown tensors x"),
+        ("adapter_model", lambda t: t.update({n: v[:1] for n, v in t.items()}), "expected shape"),
+        ("adapter_model", lambda t: t[min(t)].fill_(torch.nan), "NaN or infinite"),
+        ("head", lambda t: t.popitem(), "the whole head"),
+        ("head", lambda t: t.update(x=torch.zeros(1)), "no such tensor"),
+        ("head", lambda t: t[min(t)].fill_(torch.inf), "NaN or infinite"),
+    ],
+)
+def test_damaged_parts_are_refused(
+    name: str, change: Any, message: str, lora_run: Path, tmp_path: Path
+) -> None:
+    """No part of what a run left may stay at its random start, or be no number."""
+    folder = tmp_path / "copy"
+    shutil.copytree(lora_run, folder)
+    tensors = load_file(folder / f"{name}.safetensors")
+    change(tensors)
+    save_file(tensors, folder / f"{name}.safetensors", {"format": "pt"})
+    with pytest.raises(SnellaError, match=message):
+        load_classifier(folder)
+
+
+@pytest.fixture(scope="module")
+def lora_run(
+    bases: dict[str, str], pictures: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    changes: dict[str, Any] = {"method": "lora", "rank": 2, "max_train_steps": 1}
+    config = runs.config(bases["vit"], pictures, tmp_path_factory.mktemp("lora"), **changes)
+    folder = run(config).output_dir
+    assert folder is not None
+    return folder
 
 
 def test_run_folder(bases: dict[str, str], pictures: Path, tmp_path: Path) -> None:
