@@ -74,7 +74,6 @@ class Row:
         edges: Numbers of shots whose best trial is the lowest or highest rate tried.
         trainable: Trained numbers without the head.
         stored: Bytes stored beside the base, head included, with all images.
-        seconds: Mean wall time of a run with all images, or with the most shots.
     """
 
     task: str
@@ -86,7 +85,6 @@ class Row:
     edges: tuple[Shots, ...]
     trainable: int
     stored: int
-    seconds: float
 
 
 def summarize(plan: Plan, records: Sequence[Record], trials: Sequence[Record]) -> list[Row]:
@@ -139,7 +137,6 @@ def _row(
         else (),
         trainable=max(r.trainable for r in mine),
         stored=max(r.adapter_bytes + r.head_bytes for r in most),
-        seconds=mean(r.seconds for r in most),
     )
 
 
@@ -175,14 +172,14 @@ def table(plan: Plan, rows: Sequence[Row]) -> str:
             f"Test accuracy on {task} in percent, mean ± standard deviation over seeds.",
             "",
             f"| method | {names} | against {plan.reference} | trained numbers | stored bytes "
-            "| learning rates | seconds |",
-            "|---|" + "---|" * (len(shots) + 5),
+            "| learning rates |",
+            "|---|" + "---|" * (len(shots) + 4),
         ]
         for row in mine:
             cells = [_cell(row, s, best[s]) for s in shots]
             lines.append(
                 f"| {row.method} | {' | '.join(cells)} | {row.difference or 'itself'} "
-                f"| {_size(plan, row)} | {row.stored:,} | {_rates(row)} | {row.seconds:.1f} |"
+                f"| {_size(plan, row)} | {row.stored:,} | {_rates(row)} |"
             )
         parts.append("\n".join(lines))
     return "\n\n".join([*parts, _legend(plan, rows)])

@@ -1,7 +1,6 @@
 """The section of a page on classification: tables and plots of each task, and what they show."""
 
 import io
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -164,13 +163,12 @@ def _table(plan: Plan, rows: Sequence[Row], task: str) -> Table:
                 *(row.method, *cells),
                 "" if row.difference is None else str(row.difference),
                 *(f"{row.trainable:,}", f"{row.stored / 1024:,.1f}"),
-                "" if math.isnan(row.seconds) else f"{row.seconds:.1f}",
                 ", ".join(rates) + (" (edge)" if row.edges else ""),
             ]
         )
     head = ["method", *names, f"against {plan.reference}", "trained numbers", "stored, KiB"]
     return Table(
-        [*head, "seconds", "learning rates"],
+        [*head, "learning rates"],
         lines,
         f"Test accuracy on {task} in percent, mean ± standard deviation over seeds; the "
         "difference is over the same images and seeds, all columns together, with its 95 % "

@@ -164,11 +164,9 @@ def _cost(found: Sequence[Row]) -> Table:
         peak = "" if row.peak_bytes is None else f"{row.peak_bytes / _MIB:.0f}"
         stored = "" if math.isnan(row.stored_bytes) else f"{row.stored_bytes / _KIB:,.0f}"
         rates = ", ".join(f"{rate:g}" for rate in row.rates)
-        seconds = "" if math.isnan(row.seconds) else f"{row.seconds:.0f}"
-        lines.append([row.method, f"{row.trainable:,}", stored, peak, seconds, rates])
-    head = ["method", "trained numbers", "stored, KiB", "peak memory, MiB", "seconds"]
+        lines.append([row.method, f"{row.trainable:,}", stored, peak, rates])
     return Table(
-        [*head, "learning rate"],
+        ["method", "trained numbers", "stored, KiB", "peak memory, MiB", "learning rate"],
         lines,
         "Cost: medians over runs. Peak memory is what the training took beyond what the process "
         "held before it.",

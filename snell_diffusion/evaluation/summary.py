@@ -64,7 +64,6 @@ class Row:
         trainable: Trained numbers.
         stored_bytes: Median size of what a run leaves.
         peak_bytes: Median of the most memory of a run; None where it was not measured.
-        seconds: Median wall time of the training.
         values: Each measure's mean and interval, by name; measures that were taken.
         against: Each measure's paired difference from the reference, by name; runs both have.
         wins: Runs that are better than the reference's in loss, in drift and in both at once.
@@ -78,7 +77,6 @@ class Row:
     trainable: int
     stored_bytes: float
     peak_bytes: float | None
-    seconds: float
     values: dict[str, Interval]
     against: dict[str, Interval]
     wins: tuple[int, int, int]
@@ -116,7 +114,6 @@ def _row(method: str, records: Sequence[Record], reference: str) -> Row:
         trainable=max((record.trainable for record in good), default=0),
         stored_bytes=median(record.stored_bytes for record in good) if good else math.nan,
         peak_bytes=median(peaks) if peaks else None,
-        seconds=median(record.seconds for record in good) if good else math.nan,
         values=values,
         against=against,
         wins=_wins(mine, other),

@@ -61,7 +61,7 @@ def test_cells_hold_mean_and_spread_over_seeds() -> None:
     assert lora.cells[1].spread == pytest.approx(0.02)  # standard deviation of 0, 2, -2 percent
     assert lora.few == pytest.approx(0.4)
     assert lora.cells["all"].mean == pytest.approx(0.8)
-    assert (lora.stored, lora.trainable, lora.seconds) == (4040, 1000, 2.0)
+    assert (lora.stored, lora.trainable) == (4040, 1000)
     assert lora.difference is None
 
 
@@ -88,7 +88,7 @@ def test_the_interval_is_that_of_seeds() -> None:
 def test_the_table_names_the_best_the_sizes_and_the_rates() -> None:
     text = table(plan(), summarize(plan(), records(), trials(2.0)))
     lora, full = (line for line in text.splitlines() if line.startswith(("| lora", "| full")))
-    assert lora == "| lora | 40.0 ± 2.0 | 80.0 ± 2.0 | itself | 1,000 | 4,040 | 2 | 2.0 |"
+    assert lora == "| lora | 40.0 ± 2.0 | 80.0 ± 2.0 | itself | 1,000 | 4,040 | 2 |"
     assert "| **50.0 ± 2.0** | **90.0 ± 2.0** | +10.0 [+10.0, +10.0] |" in full
     assert "5,000 (+400 %)" in full
     assert "1 per class" in text
