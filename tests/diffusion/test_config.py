@@ -164,7 +164,7 @@ def test_settings_cannot_be_changed_afterwards() -> None:
         config.rank = 3  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("name", ["demo", "demo_dit", "sd15", "sd21"])
+@pytest.mark.parametrize("name", ["demo", "demo_dit", "sd15", "sd21", "small_file"])
 def test_shipped_configs_are_valid(repo_root: Path, name: str) -> None:
     path = repo_root / "configs" / "dreambooth" / f"{name}.yaml"
     config = make_config(read_config(path), where=str(path))
