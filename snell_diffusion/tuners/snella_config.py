@@ -236,4 +236,5 @@ DIFFUSION: dict[str, Any] = {
 """What `SnellaConfig.diffusion` changes of the paper's setting; measured in docs/experiments.md."""
 
 VISION: dict[str, Any] = {}
-"""What `SnellaConfig.vision` changes of the paper's setting."""
+"""What `SnellaConfig.vision` changes of the paper's setting: nothing, as none of six variations was
+better by more than chance (docs/experiments.md)."""
