@@ -241,11 +241,14 @@ def plot_shots(plan: Plan, rows: Sequence[Row], path: Path | BinaryIO) -> None:
             places = [place for place, _ in found]
             means = [100 * cell.mean for _, cell in found]
             errors = [100 * cell.spread for _, cell in found]
-            color, style = _look(plan, row.method)
             axes.errorbar(
-                places, means, errors, color=color, linestyle=style, marker="o", markersize=4,
-                capsize=2, linewidth=1.2, label=row.method,
-            )  # fmt: skip
+                *(places, means, errors),
+                **_look(plan, row.method),
+                markersize=4,
+                capsize=2,
+                linewidth=1.2,
+                label=row.method,
+            )
         axes.set_xticks(range(len(shots)), [str(s) for s in shots])
         axes.set_xlabel("training images per class")
         axes.set_ylabel("test accuracy in percent (bars: standard deviation over seeds)")
@@ -256,7 +259,7 @@ def plot_shots(plan: Plan, rows: Sequence[Row], path: Path | BinaryIO) -> None:
 
 
 def plot_parameters(plan: Plan, rows: Sequence[Row], path: Path | BinaryIO) -> None:
-    """Test accuracy against trained numbers, head included, a panel per task and kind of shots."""
+    """Test accuracy against trained numbers, the head apart, a panel per task and kind of shots."""
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(row.task for row in rows))
@@ -265,12 +268,14 @@ def plot_parameters(plan: Plan, rows: Sequence[Row], path: Path | BinaryIO) -> N
         figure.subplots(len(tasks), 2, squeeze=False), tasks, strict=True
     ):
         for row in (row for row in rows if row.task == task):
-            color, _ = _look(plan, row.method)
+            look = _look(plan, row.method)
             whole = row.cells.get("all")
             for axes, value in ((left, row.few), (right, whole.mean if whole else math.nan)):
                 if not math.isnan(value):
                     axes.plot(
-                        max(1, row.trainable), 100 * value, "o", color=color, label=row.method
+                        *(max(1, row.trainable), 100 * value),
+                        **{**look, "linestyle": ""},
+                        label=row.method,
                     )
         left.set_title(f"{task}, mean over few-shot columns")
         right.set_title(f"{task}, all images")
@@ -283,12 +288,11 @@ def plot_parameters(plan: Plan, rows: Sequence[Row], path: Path | BinaryIO) -> N
     figure.savefig(path, dpi=100)
 
 
-def _look(plan: Plan, method: str) -> tuple[Any, str]:
-    """Colour and line style of a method, the same in both pictures."""
-    from matplotlib import colormaps
+def _look(plan: Plan, method: str) -> dict[str, Any]:
+    """Colour and marker of a method, the same in all pictures."""
+    from snell_diffusion.evaluation.plots import styles
 
-    place = list(plan.methods).index(method)
-    return colormaps["tab10"](place % 10), ("-", "--", ":")[place // 10 % 3]
+    return {**styles(list(plan.methods))[method]}
 
 
 def _legend_once(figure: Any) -> None:

@@ -171,7 +171,9 @@ def _markdown_table(table: Table) -> str:
     lines = [_row(table.head), "|" + "|".join(["---", *["---:"] * (len(table.head) - 1)]) + "|"]
     for row in table.rows:
         bold = row[0] == table.strong
-        lines.append(_row([f"**{plain(c)}**" for c in row] if bold else row, done=bold))
+        lines.append(
+            _row([f"**{plain(c)}**" if c else "" for c in row] if bold else row, done=bold)
+        )
     return "\n".join([*([plain(table.caption), ""] if table.caption else []), *lines])
 
 
