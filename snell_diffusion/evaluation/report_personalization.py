@@ -52,12 +52,23 @@ def _about(results: Personalization) -> Iterator[Block]:
         "one, at fixed timesteps with fixed noise, after training divided by before. Class drift "
         "is how far the predictions for prompts without the token moved from the base's, squared "
         "and relative. Brackets are 95 % bootstrap intervals over subjects and seeds."
+        + _drawn(plan.get("images"))
     )
     yield Code(str(about.get("command", "")))
     yield Paragraph(
         f"Measured on {about.get('date', '?')} with {about.get('threads', '?')} thread(s) of "
         f"{about.get('machine', '?')}, torch {about.get('torch', '?')}, Python "
         f"{about.get('python', '?')}."
+    )
+
+
+def _drawn(images: Any) -> str:
+    if not isinstance(images, dict) or not images.get("prompts"):
+        return ""
+    said = {name: images.get(name, "?") for name in ("prompts", "per_prompt", "steps", "guidance")}
+    return (
+        " Drawn were {prompts} of the protocol's 25 prompts, {per_prompt} pictures each, in "
+        "{steps} steps with guidance {guidance}.".format(**said)
     )
 
 

@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,16 @@ def stamp(arguments: list[str]) -> dict[str, Any]:
 
 
 def command(arguments: list[str]) -> str:
-    """The command line; absolute paths are cut to their last part."""
-    shown = [Path(part).name if Path(part).is_absolute() else part for part in arguments]
+    """The command line of the whole comparison; absolute paths are cut to their last part.
+
+    `--shard I/N` is left out: with it the command would measure only a part of what is reported.
+    """
+    whole = [
+        part
+        for before, part in pairwise(["", *arguments])
+        if "--shard" not in (before, part.partition("=")[0])
+    ]
+    shown = [Path(part).name if Path(part).is_absolute() else part for part in whole]
     return f"python -m snell_diffusion.evaluation {shlex.join(shown)}"
 
 

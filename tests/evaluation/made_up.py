@@ -22,7 +22,7 @@ PLAN: dict[str, Any] = {
     "reference": "lora",
     "methods": {name: {} for name in METHODS},
     "seeds": [0, 1],
-    "images": {"sheet": 2},
+    "images": {"prompts": 3, "per_prompt": 2, "steps": 10, "guidance": 3.0, "sheet": 2},
     "tune": {"subjects": ["fox"], "seed": 7},
 }
 

@@ -82,6 +82,7 @@ def test_the_page_says_who_wins_and_how_it_was_measured(page: Path) -> None:
     assert "1 diverged" in text
     assert "At the edge of what was tried" in text
     assert "diversity in VAE latents" in text
+    assert "25 prompts, 2 pictures each, in 10 steps with guidance 3.0" in text
 
 
 def test_nothing_in_a_file_becomes_markup(page: Path) -> None:
