@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import os
 import re
 from pathlib import Path
 
@@ -172,6 +173,20 @@ def test_fgvc_says_what_is_missing(tmp_path: Path) -> None:
         load_task(fgvc_data(tmp_path), seed=0)
 
 
+def test_fgvc_names_all_missing_lists_and_images_in_one_message(tmp_path: Path) -> None:
+    folder = tmp_path / "CUB_200_2011"
+    disk.fgvc(folder, "images", 2)
+    (folder / "images").rename(folder / "pictures")
+    for name in ("val.json", "test.json"):
+        (folder / name).unlink()
+    with pytest.raises(SnellaConfigError) as caught:
+        load_task(fgvc_data(tmp_path), seed=0)
+    assert (
+        f"file '{folder / 'val.json'}' is missing; file '{folder / 'test.json'}' is missing; "
+        f"'{folder / 'images'}' does not exist. Expected: "
+    ) in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -228,6 +243,37 @@ def test_vtab_says_what_is_missing(tmp_path: Path) -> None:
     folder = disk.vtab_task(tmp_path, "eurosat")
     (folder / "val200.txt").unlink()
     with pytest.raises(SnellaConfigError, match=r"val200.txt' is missing"):
+        load_task(vtab_data(tmp_path), seed=0)
+
+
+def test_vtab_names_all_missing_lists_and_then_all_bad_images(tmp_path: Path) -> None:
+    folder = disk.vtab_task(tmp_path, "eurosat")
+    (folder / "images" / "train800" / "000000.png").unlink()
+    (folder / "images" / "val200" / "000006.png").unlink()
+    (folder / "images" / "val200" / "000007.png").write_text("no picture")
+    lists = [folder / name for name in ("val200.txt", "test.txt")]
+    kept = [path.read_text() for path in lists]
+    for path in lists:
+        path.unlink()
+    with pytest.raises(SnellaConfigError) as caught:
+        load_task(vtab_data(tmp_path), seed=0)
+    wanted = f"file '{lists[0]}' is missing; file '{lists[1]}' is missing. Expected: "
+    assert wanted in str(caught.value)
+    for path, text in zip(lists, kept, strict=True):
+        path.write_text(text)
+    with pytest.raises(SnellaConfigError) as caught:
+        load_task(vtab_data(tmp_path), seed=0)
+    text = str(caught.value)
+    assert "2 of 15 listed image(s) are missing" in text
+    assert "images/train800/000000.png, images/val200/000006.png; 1 bad image(s)" in text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+def test_a_list_that_cannot_be_reached_is_not_called_missing(tmp_path: Path) -> None:
+    folder = disk.vtab_task(tmp_path, "eurosat")
+    (folder / "test.txt").unlink()
+    (folder / "test.txt").symlink_to(folder / "test.txt")
+    with pytest.raises(SnellaConfigError, match=r"test.txt' cannot be read"):
         load_task(vtab_data(tmp_path), seed=0)
 
 

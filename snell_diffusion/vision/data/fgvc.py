@@ -100,8 +100,8 @@ def read(config: Data, select_on_test: bool) -> Task:
         "https://github.com/KMnP/vpt",
     )
     source.require_folder()
+    source.require_lists(_FILES.values(), root)
     raw = {split: _read_list(source, file) for split, file in _FILES.items()}
-    source.require_folder(root)
     numbers = sorted({label for found in raw.values() for label in found.values()})
     if len(numbers) != about.classes:
         raise source.error(

@@ -1,6 +1,10 @@
-"""Lists of image files and labels -> splits; everything wrong with a data set in one message."""
+"""Lists of image files and labels -> splits.
 
-from collections.abc import Callable, Mapping, Sequence
+One message names all missing lists, with a missing folder of images; a later one all missing and
+all bad images, as which images there should be is only known once every list was read.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -38,10 +42,27 @@ class Source:
 
     def require_folder(self, folder: Path | None = None) -> None:
         """Refuse a missing folder; None = the data set's own."""
-        path = self.folder if folder is None else folder
-        if not path.is_dir():
-            what = "is no folder" if path.exists() else "does not exist"
-            raise self.error(f"'{path}' {what}")
+        fault = _folder_fault(self.folder if folder is None else folder)
+        if fault:
+            raise self.error(fault)
+
+    def require_lists(self, names: Iterable[str], images: Path | None = None) -> None:
+        """Refuse missing files of the folder, all in one message; nothing is read.
+
+        Args:
+            names: The lists.
+            images: Folder of the images, refused along with them; None = the data set's own.
+
+        Raises:
+            SnellaConfigError: Names every list that is missing, and the folder of images if it is.
+        """
+        paths = [self.folder / name for name in names]
+        faults = [f"file '{path}' is missing" for path in paths if _is_absent(path)]
+        fault = _folder_fault(self.folder if images is None else images)
+        if fault:
+            faults.append(fault)
+        if faults:
+            raise self.error("; ".join(faults))
 
     def read_text(self, name: str) -> str:
         """The text of a file of the folder."""
@@ -99,6 +120,23 @@ def file_splits(
         )
         for name, entries in lists.items()
     ]
+
+
+def _folder_fault(path: Path) -> str | None:
+    if path.is_dir():
+        return None
+    return f"'{path}' is no folder" if path.exists() else f"'{path}' does not exist"
+
+
+def _is_absent(path: Path) -> bool:
+    """Whether nothing is there; of a file that cannot be reached, reading it says why."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _leaves(key: str) -> bool:

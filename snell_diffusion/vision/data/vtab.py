@@ -69,6 +69,7 @@ def read(config: Data, select_on_test: bool) -> Task:
         "the prepared vtab-1k.tar.gz that the README of https://github.com/dongzelian/SSF links",
     )
     source.require_folder()
+    source.require_lists(files.values())
     lists = {split: _read_list(source, file) for split, file in files.items()}
     classes = CLASSES[name]
     for split, entries in lists.items():
