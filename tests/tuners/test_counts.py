@@ -6,7 +6,7 @@ The base is on the meta device: nothing of it is stored. Head and class token ar
 import pytest
 import safetensors.torch
 import torch
-from peft import inject_adapter_in_model
+from peft import get_peft_model_state_dict, inject_adapter_in_model
 from torch import nn
 
 from snell_diffusion.adapters.write import adapter_file_bytes
@@ -106,3 +106,39 @@ def test_stored_bytes_of_one_bit_adapters(vit, name, rank, stored):
     assert sum(codes.nbytes + stats.nbytes for codes, stats in encoded) == stored
     file = safetensors.torch.load(adapter_file_bytes({"vit": model}))
     assert sum(tensor.nbytes for tensor in file.values()) == stored
+
+
+# Beside the trained numbers, a file of SNELLA and its kin holds per layer the signs of two heads in
+# float32 and the sparsity level as three float32 parts, and once the method's settings.
+SETTLED = 72 * (2 * 4 + 3 * 4) + 48
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "dtype", "stored"),
+    [
+        ("klora", {"rank": 8}, None, 5_308_416 + SETTLED),
+        ("klora", {"rank": 32}, None, 21_233_664 + SETTLED),
+        ("mixk", {"rank": 32}, None, 21_234_528 + SETTLED),
+        ("snell", {"rank": 32}, None, 21_233_664 + SETTLED),
+        ("snella", {"rank": 32, "train_beta": True}, None, 21_234_528 + SETTLED),
+        # The factors are halved; the three numbers of each layer stay in float32.
+        ("snella", {"rank": 32, "train_beta": True}, torch.float16, 10_617_696 + SETTLED),
+        ("arc", {"rank": 50}, None, 385_728),
+        ("hta", {"bottleneck": 1}, None, 737_280),
+        ("hta", {"bottleneck": 0}, None, 442_368),
+        ("spt_lora", {"rank": 8}, None, 5_308_416),
+        ("spt_adapter", {"rank": 8}, None, 5_642_496),
+    ],
+    ids=str,
+)
+def test_stored_bytes_of_plain_numbers(vit, name, settings, dtype, stored):
+    """All tensors of the file, beside its header."""
+    model = adapted(vit, name, **settings)
+    file = safetensors.torch.load(adapter_file_bytes({"vit": model}, dtype=dtype))
+    assert sum(tensor.nbytes for tensor in file.values()) == stored
+
+
+def test_stored_bytes_of_a_lora(vit):
+    state = get_peft_model_state_dict(adapted(vit, "lora", rank=8), adapter_name="default")
+    assert len(state) == 2 * 72
+    assert sum(tensor.nbytes for tensor in state.values()) == 5_308_416
