@@ -152,9 +152,17 @@ def export(options: Namespace) -> int:
 
 def quantize(options: Namespace) -> int:
     """Write the small file and print both sizes."""
+    from snell_diffusion.adapters.foreign import peft_file
     from snell_diffusion.adapters.quantize import quantize_adapter
     from snell_diffusion.adapters.write import target_file
 
+    name = peft_file(options.file)
+    if name is not None:
+        raise SnellaValueError(
+            f"{options.file}: holds {name}, the file of one of PEFT's methods (lora, dora, oft, "
+            "...), whose factors this package does not store in few bits; those of snella and "
+            "binary_lora are"
+        )
     source, target = Path(_file(options.file)), target_file(options.output)
     if target.exists() and not options.overwrite:
         raise SnellaValueError(f"{target} exists: pass --overwrite to replace it")

@@ -1,6 +1,7 @@
 """`python -m snell_diffusion`: info on any file, and export in its three formats."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ from safetensors.torch import load_file
 
 from snell_diffusion.__main__ import main
 from snell_diffusion.adapters import save_adapter
+from snell_diffusion.adapters.foreign import PEFT_FILES
+from snell_diffusion.diffusion.run_folder import ADAPTER_FILES
+from snell_diffusion.vision.saving import PEFT_WEIGHTS
 from tests import tiny_models
 from tests.tiny_models import adapt, sd15_unet
 
@@ -75,6 +79,38 @@ def test_what_is_no_adapter_says_what_it_looks_like(
     shown = capsys.readouterr().err
     assert shown.startswith(f"error: {page}: ")
     assert "it looks like HTML or XML" in shown
+
+
+@pytest.mark.parametrize("name", PEFT_FILES)
+def test_quantize_says_that_files_of_pefts_methods_stay_as_they_are(
+    name: str, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "x.safetensors"
+    run.mkdir()
+    (run / name).touch()
+    (run / "head.safetensors").touch()
+    ask = ["quantize", str(run), "--bits", "2", "--output", str(out)]
+    assert main(ask) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {run}: holds {name}, the file of one of PEFT's methods")
+    assert "does not store in few bits" in shown
+    assert "weight_name" not in shown
+    assert not out.exists()
+    shutil.copy(adapter, run)
+    assert main(ask) == 0
+
+
+def test_quantize_says_what_a_folder_without_any_adapter_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = ["quantize", str(tmp_path), "--bits", "2", "--output", str(tmp_path / "x.safetensors")]
+    assert main(ask) == 1
+    assert "pytorch_snella_weights.safetensors: no such file" in capsys.readouterr().err
+
+
+def test_files_of_pefts_methods_are_those_that_runs_leave() -> None:
+    of_pipelines = {ADAPTER_FILES["lora"], ADAPTER_FILES["peft"]}
+    assert set(PEFT_FILES) == {PEFT_WEIGHTS, *of_pipelines}
 
 
 def test_warnings_are_one_line_for_people(

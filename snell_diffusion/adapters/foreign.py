@@ -11,7 +11,14 @@ from snell_diffusion.adapters.limits import MAX_HEADER_BYTES, WEIGHTS_NAME
 from snell_diffusion.adapters.schema import HEADER_KEY
 from snell_diffusion.errors import SnellaFileError, printable, shown
 
-__all__ = ["describe_foreign"]
+__all__ = ["PEFT_FILES", "describe_foreign", "peft_file"]
+
+PEFT_FILES = (
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "pytorch_peft_weights.safetensors",
+)
+"""What runs with PEFT's methods leave: of classifiers, of LoRA and DoRA in pipelines, of others."""
 
 LOAD_LORA = "load it with pipe.load_lora_weights(file)"
 
@@ -53,6 +60,17 @@ _KINDS = (
         "load its folder, with config.json, by from_pretrained",
     ),
 )
+
+
+def peft_file(folder: str | os.PathLike[str]) -> str | None:
+    """The name of a file of PEFT's methods in a folder without an adapter of ours; None for any
+    other folder, and for what is no folder. Nothing is opened."""
+    if not os.path.isdir(folder):
+        return None
+    there = os.listdir(folder)
+    if WEIGHTS_NAME in there:
+        return None
+    return next((name for name in PEFT_FILES if name in there), None)
 
 
 def describe_foreign(path: str | os.PathLike[str]) -> str | None:
