@@ -7,7 +7,7 @@ method's own config.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ from peft import AdaLoraConfig, HRAConfig, LoraConfig, OFTConfig, PeftConfig, Sh
 
 from snell_diffusion.errors import SnellaConfigError, shown
 from snell_diffusion.tuners.registry import METHODS
-from snell_diffusion.tuners.roles import endings, role_of
+from snell_diffusion.tuners.roles import endings, in_words, role_of
 
 __all__ = ["RECIPES", "Recipe", "list_methods", "quiet_sparse", "recipe"]
 
@@ -42,6 +42,7 @@ class Recipe:
         shared: Settings that every method shares, by the field they set; those it has.
         own: Further fields of its config that may be set.
         make: Field values, targets, seed, steps and domain to a config.
+        maps: Whether it adapts a Linear that takes maps [B, H, W, C] as they are.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Recipe:
     shared: Mapping[str, str]
     own: tuple[str, ...]
     make: Callable[[dict[str, Any], list[str], int, int | None, str], PeftConfig | None]
+    maps: bool = True
 
     @property
     def trains_base(self) -> bool:
@@ -99,8 +101,23 @@ class Recipe:
         except (TypeError, ValueError) as error:
             raise SnellaConfigError(f"method {self.name}: {error}") from error
 
+    def lacks(self, paths: Iterable[str]) -> str | None:
+        """What this method adapts by default, in words, if a model has none of it; else None.
+
+        Args:
+            paths: Of every layer of the model that could be adapted.
+        """
+        roles = self._roles
+        if roles is None or any(role_of(path) in roles for path in paths):
+            return None
+        return in_words(roles)
+
+    @property
+    def _roles(self) -> tuple[str, ...] | None:
+        return getattr(self.kind, "default_roles", None)
+
     def _places(self, targets: Sequence[str], chosen: bool) -> list[str]:
-        roles = getattr(self.kind, "default_roles", None)
+        roles = self._roles
         if chosen or roles is None:
             return list(targets)
         return [name for name in targets if role_of(name) in roles] or endings(roles)
@@ -138,12 +155,14 @@ def _peft(
     shared: Mapping[str, str],
     *own: str,
     adjust: _Adjust = _as_given,
+    maps: bool = True,
     **fixed: Any,
 ) -> Recipe:
     """One of PEFT's methods.
 
     Args:
         adjust: What its config needs beyond the settings and `fixed`, from both of them.
+        maps: See `Recipe`.
         fixed: Field values other than PEFT's defaults; settings win over them.
     """
     known = {item.name for item in dataclasses.fields(kind)}
@@ -156,7 +175,7 @@ def _peft(
             values["random_seed"] = seed
         return kind(target_modules=targets, **adjust(values, steps))
 
-    return Recipe(name, summary, False, kind, shared, own, make)
+    return Recipe(name, summary, False, kind, shared, own, make, maps)
 
 
 def quiet_sparse() -> None:
@@ -180,13 +199,19 @@ def _scheduled(values: dict[str, Any], steps: int | None) -> dict[str, Any]:
     """The budget's schedule, in the proportions of the paper's experiments (arXiv:2303.10512)."""
     if not steps:
         raise ValueError("the number of optimizer steps must be known, for its budget's schedule")
+    final = values.get("tfinal", steps // 3)
+    if steps - final < 2:  # ranks are chosen at this step, by scores of the steps before it
+        raise ValueError(
+            f"its ranks are chosen by scores of earlier steps, so it takes 2 optimizer steps or "
+            f"more before the last tfinal; got {steps} in all and tfinal {final}"
+        )
     target = values.get("target_r", _LORA_RANK // 2)
     return {
         "init_r": round(1.5 * target),
         "target_r": target,
         "lora_alpha": round(1.5 * target),
         "tinit": steps // 10,
-        "tfinal": steps // 3,
+        "tfinal": final,
         "deltaT": max(1, steps // 100),
         "total_step": steps,
         **values,
@@ -219,6 +244,7 @@ _FOREIGN = (
         *("oft", "PEFT's OFT: block-diagonal rotations of the inputs", OFTConfig),
         {"rank": "r", "dropout": "module_dropout"},
         *("oft_block_size", "coft", "eps", "block_share"),
+        maps=False,  # PEFT takes every input of four axes for a convolution's, and unfolds it
         r=8,
         oft_block_size=0,
     ),

@@ -3,7 +3,7 @@
 Papers say where a method goes in these words; models spell them in several ways.
 """
 
-__all__ = ["ROLES", "block_of", "endings", "role_of"]
+__all__ = ["ROLES", "block_of", "endings", "in_words", "role_of"]
 
 ROLES: dict[str, tuple[str, ...]] = {
     "q": ("to_q", "add_q_proj", "q_proj", "attention.query", "self.query"),
@@ -15,6 +15,10 @@ ROLES: dict[str, tuple[str, ...]] = {
 }
 """Path endings by role: diffusers, transformers 5 and before, ConvNeXt."""
 
+_PARTS = {
+    ("attention's", "projection"): {"q": "q", "k": "k", "v": "v", "proj": "output"},
+    ("the MLP's", "layer"): {"fc1": "first", "fc2": "second"},
+}
 _CONTEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
@@ -41,6 +45,18 @@ def block_of(path: str) -> str | None:
 def endings(roles: tuple[str, ...]) -> list[str]:
     """Every ending of some roles, as names for `target_modules`."""
     return sorted(ending for role in roles for ending in ROLES[role])
+
+
+def in_words(roles: tuple[str, ...]) -> str:
+    """Some roles for people, such as "attention's q, k, v and output projections"."""
+    parts = []
+    for (whose, what), names in _PARTS.items():
+        *most, last = [names[role] for role in names if role in roles] or [""]
+        if most:
+            parts.append(f"{whose} {', '.join(most)} and {last} {what}s")
+        elif last:
+            parts.append(f"{whose} {last} {what}")
+    return " and ".join(parts)
 
 
 def _match(path: str) -> tuple[str, str] | None:

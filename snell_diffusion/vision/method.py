@@ -98,7 +98,7 @@ def method_config(config: VisionConfig, base: Base, steps: int) -> PeftConfig | 
         steps: Optimizer steps of the run.
 
     Raises:
-        SnellaConfigError: The method is unknown or refuses a setting.
+        SnellaConfigError: The method is unknown, refuses a setting, or has no place in the base.
     """
     found = find_recipe(config.method)
     given: dict[str, Any] = {"rank": config.rank, "update_scale": config.update_scale}
@@ -112,6 +112,12 @@ def method_config(config: VisionConfig, base: Base, steps: int) -> PeftConfig | 
         if given:
             raise SnellaConfigError(f"method {LINEAR_PROBE} has no {shown(given)}")
         return None
+    lacks = None if config.target_modules else found.lacks(_linears(base))
+    if lacks is not None:
+        raise SnellaConfigError(
+            f"{found.name} adapts {lacks}; {type(base.model).__name__} has none by a usual name; "
+            f"name others with target_modules"
+        )
     if config.protocol == "paper" and issubclass(_kind(found), SnellaConfig):
         given = {**_published(found), **given}
     return found.config(
@@ -134,12 +140,14 @@ def placed_as_published(config: VisionConfig) -> bool:
 
 def _present(base: Base) -> list[str]:
     """The family's targets in the spelling of this model."""
-    linears = [
-        f".{name}" for name, part in base.model.named_modules() if isinstance(part, nn.Linear)
-    ]
+    linears = [f".{name}" for name in _linears(base)]
     return [
         ending for ending in base.family.targets if any(n.endswith(f".{ending}") for n in linears)
     ]
+
+
+def _linears(base: Base) -> list[str]:
+    return [name for name, part in base.model.named_modules() if isinstance(part, nn.Linear)]
 
 
 def _kind(found: Recipe) -> type:
@@ -173,6 +181,7 @@ def adapt(config: VisionConfig, base: Base, steps: int, choose: Choose) -> Sizes
     place_backbone(base.family.branches(model), config.backbone_drop_path or 0.0)
     if settings is not None:
         inject(model, choose(settings), config.seed)
+        _refuse_maps(config.method, base)
     elif config.method != LINEAR_PROBE:
         model.requires_grad_(True)
     getattr(model, HEAD).requires_grad_(True)
@@ -187,6 +196,20 @@ def adapt(config: VisionConfig, base: Base, steps: int, choose: Choose) -> Sizes
     if config.gradient_checkpointing:
         _checkpoint_activations(base)
     return _sizes(model, size, extras)
+
+
+def _refuse_maps(method: str, base: Base) -> None:
+    """Refuse a method that takes the maps which a wrapped Linear reads for a convolution's."""
+    found = find_recipe(method)
+    if found is None or found.maps or not base.family.maps:
+        return
+    for name, layer in tuner_layers({COMPONENT: base.model}):
+        if isinstance(layer.get_base_layer(), nn.Linear) and name != f"{COMPONENT}.{HEAD}":
+            raise SnellaConfigError(
+                f"method {method} cannot adapt {name}: it takes every input of four axes for a "
+                f"convolution's [B, C, H, W], and Linear layers of {base.family.name} read "
+                f"[B, H, W, C]; use another method, such as hra or lora"
+            )
 
 
 def _checkpoint_activations(base: Base) -> None:

@@ -69,6 +69,7 @@ def test_a_folder_taken_while_the_model_loads_is_refused(
         ({"heads": 3}, SnellaConfigError, "method snella: r must be divisible by heads"),
         ({"alloc_init_warmup": 99}, SnellaConfigError, "competition cannot be scheduled: total"),
         ({"method": "lora", "heads": 2}, SnellaConfigError, "method lora has no heads; it takes"),
+        ({"method": "adalora", "max_train_steps": 1}, SnellaConfigError, "2 optimizer steps or"),
         ({"num_validation_photos": 4}, SnellaConfigError, "holds 4 photos; at least one must be"),
         ({"report_to": "wandb"}, SnellaConfigError, "not installed: pip install wandb"),
         ({"mixed_precision": "fp16"}, SnellaConfigError, "fp16 needs a GPU"),

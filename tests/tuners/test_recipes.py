@@ -7,7 +7,7 @@ from peft import inject_adapter_in_model
 from snell_diffusion.errors import SnellaConfigError
 from snell_diffusion.tuners import METHODS, SnellaConfig
 from snell_diffusion.tuners.recipes import RECIPES, list_methods, recipe
-from snell_diffusion.tuners.roles import ROLES, block_of, endings, role_of
+from snell_diffusion.tuners.roles import ROLES, block_of, endings, in_words, role_of
 from tests.tiny_models import sd15_unet
 
 FOREIGN = {"lora", "dora", "adalora", "oft", "hra", "shira", "full"}
@@ -69,6 +69,15 @@ def test_adalora_needs_the_length_of_the_run():
     assert (config.init_r, config.target_r, config.total_step) == (6, 4, 200)
     with pytest.raises(SnellaConfigError, match="method adalora: the number of optimizer steps"):
         recipe("adalora").config({"rank": 4}, ["to_q"], 0)
+
+
+@pytest.mark.parametrize("steps, settings", [(1, {}), (2, {"tfinal": 1}), (5, {"tfinal": 4})])
+def test_adalora_needs_a_step_before_its_ranks_are_chosen(steps, settings):
+    """PEFT would look up scores that no step has left."""
+    fewer = r"method adalora: .*2 optimizer steps or more before the last tfinal; got \d in all"
+    with pytest.raises(SnellaConfigError, match=fewer):
+        recipe("adalora").config(settings, ["to_q"], 0, steps=steps)
+    assert recipe("adalora").config(settings, ["to_q"], 0, steps=steps + 1) is not None
 
 
 @pytest.mark.parametrize(
@@ -147,6 +156,25 @@ def test_targets_of_a_paper_are_taken_from_those_of_the_family(monkeypatch):
 def test_roles_and_blocks(path, role, block):
     assert role_of(path) == role
     assert block_of(path) == block
+
+
+def test_what_a_method_adapts_is_said_only_of_a_model_without_it():
+    hta = recipe("hta")
+    assert hta.lacks(["blocks.0.pwconv1"]) == "attention's q, k, v and output projections"
+    assert hta.lacks(["blocks.0.pwconv1", "blocks.0.q_proj"]) is None
+    assert recipe("lora").lacks([]) is None
+
+
+@pytest.mark.parametrize(
+    "roles, words",
+    [
+        (("q", "v"), "attention's q and v projections"),
+        (("fc2",), "the MLP's second layer"),
+        (("q", "fc1", "fc2"), "attention's q projection and the MLP's first and second layers"),
+    ],
+)
+def test_roles_in_words(roles, words):
+    assert in_words(roles) == words
 
 
 def test_endings_are_those_of_the_roles():

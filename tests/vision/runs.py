@@ -21,6 +21,10 @@ from snell_diffusion.vision.config import VisionConfig
 SIDE = 16
 CLASSES = ("blue", "green", "red")
 COUNTS = {"train": 8, "val": 4, "test": 4}  # of each class
+SMALL: dict[str, dict[str, Any]] = {
+    name: {"rank": 4} for name in ("arc", "hra", "oft", "shira", "snella")
+}
+"""Settings of the methods whose defaults do not fit layers of 16 to 64 features."""
 _VIT = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

@@ -20,14 +20,6 @@ from snell_diffusion.vision.method import LINEAR_PROBE, method_names
 from snell_diffusion.vision.run import run
 from tests.vision import runs
 
-SMALL: dict[str, dict[str, Any]] = {
-    "arc": {"rank": 4},
-    "hra": {"rank": 4},
-    "oft": {"rank": 4},
-    "shira": {"rank": 4},
-    "snella": {"rank": 4},
-}
-
 
 def trained(result: Any) -> dict[str, torch.Tensor]:
     return {name: t.clone() for name, t in result.classifier.model.state_dict().items()}
@@ -52,7 +44,7 @@ def test_every_method_trains_and_loads(
     method: str, bases: dict[str, str], pictures: Path, tmp_path: Path
 ) -> None:
     """Two steps of each method change what it says it trains; what it leaves predicts the same."""
-    changes = {"max_train_steps": 2, "warmup_epochs": 0.0, **SMALL.get(method, {})}
+    changes = {"max_train_steps": 2, "warmup_epochs": 0.0, **runs.SMALL.get(method, {})}
     config = runs.config(bases["vit"], pictures, tmp_path, method=method, **changes)
     result = run(config)
     assert (result.sizes.adapter > 0) == (method != LINEAR_PROBE)
@@ -349,7 +341,7 @@ def test_another_seed_is_another_run(bases: dict[str, str], pictures: Path) -> N
             {"method": "snella", "allocate": "epoch", "method_args": {"alloc_init_warmup": 9}},
             "does not fit into 2 epochs of 3 steps",
         ),
-        ({"target_modules": ["nowhere"]}, "cannot be adapted"),
+        ({"target_modules": ["nowhere"]}, "ViTFor.* cannot be adapted: Target modules .*nowhere"),
         ({"mixed_precision": "fp16"}, "fp16 needs a GPU"),
         ({"report_to": "wandb"}, "needs a package that is not installed"),
     ],

@@ -40,6 +40,7 @@ class Family:
         roles: What their Linear layers are for, by `tuners.roles`; these are adapted by default.
         interpolates: Whether a forward pass must be told that pictures have another size than the
             one that the base was trained at.
+        maps: Whether its Linear layers, the head apart, take maps [B, H, W, C], no tokens.
         classifier_config: The config of the classifying model, of the config that was read.
         branches: Modules whose output (or its first part) is a residual branch, with their depth:
             0 for the first block, 1 for the last.
@@ -52,6 +53,7 @@ class Family:
     roles: tuple[str, ...]
     branches: Callable[[nn.Module], list[tuple[nn.Module, float]]]
     interpolates: bool = False
+    maps: bool = False
     classifier_config: Callable[[PretrainedConfig], PretrainedConfig] = _itself
     extras: Callable[[nn.Module], list[str]] = _no_extras
 

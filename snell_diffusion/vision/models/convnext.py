@@ -21,4 +21,5 @@ FAMILY = Family(
     model_class=ConvNextForImageClassification,
     roles=("fc1", "fc2"),
     branches=_branches,
+    maps=True,
 )
