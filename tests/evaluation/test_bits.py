@@ -113,4 +113,5 @@ def test_the_plan_that_ships_is_one():
 
     plan = yaml.safe_load((ROOT / "configs/evaluation/bits.yaml").read_text())
     assert set(plan) == KEYS
-    assert len(list(_jobs(plan))) == 2 * (4 + 2 * 5)
+    one = len(plan["lora_ranks"]) + len(plan["ranks"]) * (1 + len(plan["bits"]))
+    assert len(list(_jobs(plan))) == 3 * one == 57

@@ -104,6 +104,7 @@ def test_two_steps_are_trained_and_their_samples_seen(visit, photos, publish):
     expect(visitor.at("generate-slider")).to_be_visible()
 
 
+@pytest.mark.full  # two minutes
 def test_a_run_survives_a_reload_a_second_window_a_stop_and_a_new_server(
     visit, photos, app_process, publish
 ):
