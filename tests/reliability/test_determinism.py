@@ -63,7 +63,7 @@ def command(base: Path, folder: Path) -> list[str]:
     return [sys.executable, "train_dreambooth_snella.py", "--config", str(path)]
 
 
-@pytest.mark.parametrize("hash_seed", ["0", "4711"])
+@pytest.mark.parametrize("hash_seed", ["0", "1", "4711"])
 def test_hash_seed(
     tiny_base: Path, tmp_path: Path, expected: str, repo_root: Path, hash_seed: str
 ) -> None:
