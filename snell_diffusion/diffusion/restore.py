@@ -150,8 +150,6 @@ def _by_component(
                 f"{path}: tensor {name[:200]!r} is for {component!r}, which this pipeline does not "
                 f"have ({shown(models)}): use the base it was trained on"
             )
-        if not bool(torch.isfinite(tensor.float()).all()):
-            raise SnellaFileError(f"{path}: tensor {name[:200]!r} holds NaN or infinite values")
         parts.setdefault(component, {})[rest] = tensor
     return parts
 
@@ -170,6 +168,8 @@ def _replace_weights(
                     f"{'no such weight' if there is None else list(there.shape)} as in this "
                     f"pipeline, got {list(value.shape)}: use the base it was trained on"
                 )
+            if not bool(torch.isfinite(value.float()).all()):
+                raise SnellaFileError(f"{path}: {component}.{name} holds NaN or infinite values")
     before: list[tuple[nn.Parameter, Tensor]] = []
 
     @torch.no_grad()

@@ -232,6 +232,9 @@ def plot_shots(plan: Plan, rows: Sequence[Row], path: Path | BinaryIO) -> None:
     """Test accuracy against training images per class, a panel per task, a line per method."""
     from matplotlib.figure import Figure
 
+    from snell_diffusion.evaluation.plots import styles
+
+    looks = styles(list(plan.methods))
     tasks = list(dict.fromkeys(row.task for row in rows))
     figure = Figure(figsize=(4 + 6 * len(tasks), 5.5), layout="constrained")
     shots = list(plan.shots)
@@ -243,7 +246,7 @@ def plot_shots(plan: Plan, rows: Sequence[Row], path: Path | BinaryIO) -> None:
             errors = [100 * cell.spread for _, cell in found]
             axes.errorbar(
                 *(places, means, errors),
-                **_look(plan, row.method),
+                **looks[row.method],
                 markersize=4,
                 capsize=2,
                 linewidth=1.2,
@@ -262,19 +265,22 @@ def plot_parameters(plan: Plan, rows: Sequence[Row], path: Path | BinaryIO) -> N
     """Test accuracy against trained numbers, the head apart, a panel per task and kind of shots."""
     from matplotlib.figure import Figure
 
+    from snell_diffusion.evaluation.plots import styles
+
+    looks = styles(list(plan.methods))
     tasks = list(dict.fromkeys(row.task for row in rows))
     figure = Figure(figsize=(11, 4.5 * len(tasks)), layout="constrained")
     for (left, right), task in zip(
         figure.subplots(len(tasks), 2, squeeze=False), tasks, strict=True
     ):
         for row in (row for row in rows if row.task == task):
-            look = _look(plan, row.method)
             whole = row.cells.get("all")
             for axes, value in ((left, row.few), (right, whole.mean if whole else math.nan)):
                 if not math.isnan(value):
                     axes.plot(
                         *(max(1, row.trainable), 100 * value),
-                        **{**look, "linestyle": ""},
+                        **looks[row.method],
+                        linestyle="",
                         label=row.method,
                     )
         left.set_title(f"{task}, mean over few-shot columns")
@@ -286,13 +292,6 @@ def plot_parameters(plan: Plan, rows: Sequence[Row], path: Path | BinaryIO) -> N
             axes.grid(alpha=0.3)
     _legend_once(figure)
     figure.savefig(path, dpi=100)
-
-
-def _look(plan: Plan, method: str) -> dict[str, Any]:
-    """Colour and marker of a method, the same in all pictures."""
-    from snell_diffusion.evaluation.plots import styles
-
-    return {**styles(list(plan.methods))[method]}
 
 
 def _legend_once(figure: Any) -> None:
